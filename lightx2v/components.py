@@ -1,0 +1,96 @@
+"""The parts of a pipeline in memory: loaded from a plan on first use, kept for the next request or freed after use."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar, cast
+
+import torch
+from loguru import logger
+from torch import Tensor, nn
+
+from lightx2v import platform
+from lightx2v.encoders.clip_vision import ImageEncoder, load_clip
+from lightx2v.encoders.umt5 import TextEncoder, load_text_encoder
+from lightx2v.io.weights import Checkpoint, stream_into
+from lightx2v.mm.linear import swap_linears
+from lightx2v.plan import Plan
+from lightx2v.timing import StageTimer
+from lightx2v.vae.wan import WanVAE, load_vae
+
+P = TypeVar("P")
+
+
+def load_dit(plan: Plan) -> nn.Module:
+    """Build the DiT on meta, swap its linears, stream its weights into place, inject the attention backend."""
+    part = plan.components["dit"]
+    dtype = getattr(torch, plan.config.dtype)
+    with torch.device("meta"):
+        module = plan.family.build_dit(plan.files.arch)
+    swap_linears(module, part.by_name(), dtype, part.auto_quant)
+    fp32_names: tuple[str, ...] = cast(Any, module).fp32_names
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if any(fnmatchcase(name, glob) for glob in fp32_names) else dtype
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in Checkpoint.open(part.checkpoint).stream():
+            yield plan.family.original_name(name), tensor
+
+    stream_into(module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint))
+    cast(Any, module).set_attention(plan.attention)
+    return module.eval()
+
+
+class Components:
+    """The models that a plan names. `with components.use("vae") as vae:` loads at need."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self._loaded: dict[str, Any] = {}
+
+    def _load(self, name: str) -> Any:
+        plan, files = self.plan, self.plan.files
+        device, dtype = torch.device(plan.device.torch_name), getattr(torch, plan.config.dtype)
+        if name == "dit":
+            return load_dit(plan)
+        if name == "vae":
+            return load_vae(files.require("vae"), device=device)
+        part = plan.components[name]
+        if name == "t5":
+            return load_text_encoder(
+                part.checkpoint, files.require("tokenizer"), device=device, dtype=dtype, quant_plans=part.quantized()
+            )
+        return load_clip(
+            part.checkpoint,
+            files.image_processor,
+            device=device,
+            dtype=dtype,
+            quant_plans=part.quantized(),
+            num_heads=files.clip_num_heads,
+        )
+
+    @contextmanager
+    def use(self, name: str, timer: StageTimer) -> Iterator[Any]:
+        """The component `name`, for as long as the block lasts when `unload_modules` is set."""
+        if name not in self._loaded:
+            with timer.stage(f"load {name}"):
+                logger.debug("loading {}", name)
+                self._loaded[name] = self._load(name)
+        try:
+            yield self._loaded[name]
+        finally:
+            if self.plan.config.unload_modules:
+                self.unload(name)
+
+    def unload(self, name: str) -> None:
+        """Free one component."""
+        if self._loaded.pop(name, None) is not None:
+            gc.collect()
+            platform.empty_cache(self.plan.device)
+
+
+__all__ = ["Components", "ImageEncoder", "TextEncoder", "WanVAE", "load_dit"]

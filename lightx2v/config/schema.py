@@ -1,0 +1,178 @@
+"""Every setting, its type and its default. Frozen; an unknown key is an error. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
+
+PositiveInt = Annotated[int, Field(gt=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+Path = Annotated[str, Field(min_length=1)]
+
+
+class Section(BaseModel):
+    """Base of every group of settings: frozen, strict types, no unknown keys, no NaN."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class VideoConfig(Section):
+    """Size and rate of the result. What is left out comes from the family and the task."""
+
+    height: PositiveInt | None = Field(default=None, description="Height in pixels.")
+    width: PositiveInt | None = Field(default=None, description="Width in pixels.")
+    frames: PositiveInt | None = Field(default=None, description="Number of frames.")
+    fps: PositiveInt | None = Field(default=None, description="Frames per second of the written file.")
+
+
+class SamplingConfig(Section):
+    """The denoising loop. What is left out comes from the family and the task."""
+
+    steps: PositiveInt | None = Field(default=None, description="Number of denoising steps.")
+    shift: PositiveFloat | None = Field(
+        default=None, description="Shift of the noise schedule; above 1 spends more steps on high noise."
+    )
+    guidance: Annotated[float, Field(ge=0)] | None = Field(
+        default=None, description="Scale of classifier-free guidance."
+    )
+    cfg: bool | None = Field(default=None, description="Whether to run classifier-free guidance (two passes per step).")
+    solver: Literal["unipc", "euler"] | None = Field(
+        default=None, description="Solver of the flow's differential equation."
+    )
+
+
+class MMRule(Section):
+    """One exception to `mm_config.mm_type`."""
+
+    match: Annotated[str, Field(min_length=1)] = Field(
+        description="Glob on a linear layer's full name, or 're:' and a regular expression."
+    )
+    mm_type: str = Field(description="The mm_type of the layers that match.")
+
+
+class MMConfig(Section):
+    """Quantization and kernels of the DiT."""
+
+    mm_type: str = Field(default="Default", description="Quantization scheme and kernel library, by name.")
+    weight_auto_quant: bool = Field(default=False, description="Quantize floating-point weights while they load.")
+    fallback: bool = Field(
+        default=False, description="Permit the same scheme on another library if the named one is missing."
+    )
+    rules: Annotated[tuple[MMRule, ...], Field(strict=False)] = Field(
+        default=(), description="Exceptions by layer name, in order; the last match wins."
+    )
+
+
+class EncoderConfig(Section):
+    """Quantization of one encoder."""
+
+    quantized: bool = Field(default=False, description="Whether the encoder's linear layers are quantized.")
+    quant_scheme: str | None = Field(default=None, description="Scheme, for example 'int8', 'fp8' or 'int8-torchao'.")
+    quantized_ckpt: Path | None = Field(default=None, description="File of the quantized weights.")
+
+    @model_validator(mode="after")
+    def _scheme_is_named(self) -> EncoderConfig:
+        if self.quantized and self.quant_scheme is None:
+            raise PydanticCustomError("scheme", "'quantized' is true, so 'quant_scheme' must name a scheme")
+        return self
+
+
+class AttentionConfig(Section):
+    """The backend of every attention call."""
+
+    type: str = Field(
+        default="auto", description="Attention backend, by name; 'auto' takes the best that the device has."
+    )
+    fallback: bool = Field(default=False, description="Permit another backend if the named one is missing.")
+
+
+class Config(Section):
+    """All settings of one run."""
+
+    schema_: str | None = Field(default=None, alias="$schema", description="For editors: where this schema is.")
+    model_cls: str = Field(default="wan2.1", description="Model family.")
+    task: Literal["t2v", "i2v"] = Field(default="t2v", description="t2v: text to video; i2v: image and text to video.")
+    model_path: Path | None = Field(
+        default=None, description="Directory of the checkpoint; null runs the embedded tiny-wan."
+    )
+    device: str = Field(
+        default="auto", description="'auto', a kind of device ('cpu'), or a kind and an index ('xpu:1')."
+    )
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(
+        default="bfloat16", description="Dtype that the DiT computes in."
+    )
+    prompt: str = Field(default="", description="What to show.")
+    negative_prompt: str = Field(default="", description="What to keep away from, with classifier-free guidance.")
+    image_path: str | None = Field(default=None, description="First frame, for i2v.")
+    seed: int = Field(default=42, ge=0, lt=2**63, description="Seed of the initial noise.")
+    save_result_path: Path | None = Field(
+        default=None, description="Where the result goes: .mp4, .gif, .webp, .png, or a folder that ends in '/'."
+    )
+    video: VideoConfig = Field(default=VideoConfig(), description="Size and rate of the result.")
+    sampling: SamplingConfig = Field(default=SamplingConfig(), description="The denoising loop.")
+    text_len: PositiveInt | None = Field(default=None, description="Tokens that the prompt is padded to.")
+    mm_config: MMConfig = Field(default=MMConfig(), description="How the DiT's matrix multiplications are computed.")
+    dit_quantized_ckpt: Path | None = Field(
+        default=None, description="Directory or file of the DiT's quantized weights."
+    )
+    t5: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the text encoder.")
+    clip: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the image encoder.")
+    attention: AttentionConfig = Field(default=AttentionConfig(), description="The attention kernel.")
+    unload_modules: bool = Field(
+        default=False, description="Load each component just before its use and free it right after."
+    )
+    max_memory_gb: PositiveFloat | None = Field(
+        default=None, description="Refuse a plan that needs more GiB than this; null means what the device has free."
+    )
+
+    @field_validator("image_path")
+    @classmethod
+    def _empty_is_none(cls, value: str | None) -> str | None:
+        return value or None  # LightX2V's scripts pass an empty --image_path for t2v
+
+
+def _inner_types(annotation: Any) -> set[Any]:
+    """The plain types inside unions and `Annotated`."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _inner_types(get_args(annotation)[0])
+    if origin is Literal:
+        return {type(value) for value in get_args(annotation)}
+    if origin in (Union, types.UnionType):
+        return set().union(*(_inner_types(part) for part in get_args(annotation)))
+    return {annotation}
+
+
+def _settings() -> dict[str, bool]:
+    """Every dotted key, and whether its value is text."""
+    keys: dict[str, bool] = {}
+    for name, field in Config.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            inner = field.annotation.model_fields
+            keys |= {f"{name}.{key}": str in _inner_types(f.annotation) for key, f in inner.items()}
+        else:
+            keys[field.alias or name] = str in _inner_types(field.annotation)
+    return keys
+
+
+SETTINGS: dict[str, bool] = _settings()
+"""Every dotted key ("sampling.steps"), and whether its value is text."""
+SECTIONS: frozenset[str] = frozenset(key.partition(".")[0] for key in SETTINGS if "." in key)
+
+
+def schema_text() -> str:
+    """The JSON Schema of `Config`, as the text of configs/schema.json."""
+    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
+    return json.dumps(schema, indent=2) + "\n"
+
+
+def config_hash(config: Config) -> str:
+    """12 hex digits that name what determines the result: every setting that differs from its default, but for where
+    the result goes."""
+    settings = config.model_dump(mode="json", exclude_defaults=True, exclude={"schema_", "save_result_path"})
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:12]

@@ -1,0 +1,266 @@
+"""What a conversion will write, worked out from the headers of the source alone."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lightx2v import __version__
+from lightx2v.convert import naming as names
+from lightx2v.convert.lora import Patch, read_loras
+from lightx2v.convert.options import MODEL_TYPES, Options
+from lightx2v.convert.source import fingerprint, locate
+from lightx2v.convert.writer import TORCH_DTYPES, Slot
+from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.io.headers import TensorInfo
+from lightx2v.io.weights import Checkpoint
+from lightx2v.quant.spec import QSpec
+
+FORMAT_VERSION = "1"
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks|transformer)\.(\d+)\.")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_CODES = {"int8": "I8", "fp8": "F8_E4M3"}
+
+
+@dataclass(frozen=True)
+class Item:
+    """One tensor of the source on its way: `weight`, and `scale` when `spec` says that it is quantized."""
+
+    source: TensorInfo
+    original: str
+    weight: Slot
+    scale: Slot | None
+    spec: QSpec | None
+    patches: tuple[Patch, ...]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return (self.weight,) if self.scale is None else (self.weight, self.scale)
+
+    @property
+    def layer(self) -> str:
+        return self.weight.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the output."""
+
+    file: str
+    items: tuple[Item, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def slots(self) -> tuple[Slot, ...]:
+        return tuple(slot for item in self.items for slot in item.slots)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, ready to run."""
+
+    options: Options
+    checkpoint: Checkpoint
+    config: Path | None
+    """The config.json of the source."""
+    source_layout: names.Layout
+    layout: names.Layout
+    shards: tuple[Shard, ...]
+    dropped: tuple[str, ...]
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        return tuple(item for shard in self.shards for item in shard.items)
+
+    @property
+    def indexed(self) -> bool:
+        return not (self.options.single_file or self.options.pickled)
+
+    @property
+    def result(self) -> Path:
+        """What to give to a loader: the directory of an index, or the single file."""
+        return self.options.output if self.indexed else self.options.output / self.shards[0].file
+
+
+def scheme_name(spec: QSpec) -> str:
+    """The weight half of an mm_type."""
+    return f"W-{spec.dtype}-{spec.granularity}{spec.size or ''}-sym"
+
+
+def make_plan(options: Options) -> Plan:
+    """Raises ConfigError or CheckpointError for whatever cannot work."""
+    weights, config = locate(options.source, options.model_type)
+    checkpoint = Checkpoint.open(weights)
+    _refuse_overwriting(options, checkpoint)
+    naming = names.detect(options.model_type, checkpoint.tensors, str(weights))
+    layout: names.Layout = "diffusers" if options.direction == "forward" else "original"
+    if layout == "diffusers" and options.model_type == "wan_clip":
+        raise ConfigError(
+            "--direction", "forward is not supported for wan_clip, whose q, k and v are one layer", do="leave it out"
+        )
+    tensors, dropped = _select(options, checkpoint, naming)
+    shapes = {original: info.shape for original, info in tensors.items()}
+    patches, lora_files = read_loras(options.loras, naming, shapes, options.lora_key_convert, layout)
+    _check_rule(options, tensors, str(weights))
+    _check_names([name for name in tensors if naming.output(name, layout) is None], str(weights))
+    items = [
+        _item(options, info, original, naming.output(original, layout) or original, tuple(patches.get(original, ())))
+        for original, info in tensors.items()
+    ]
+    metadata = _metadata(options, checkpoint, lora_files, layout)
+    shards = tuple(
+        Shard(file, tuple(group), metadata | _layers(group)) for file, group in _group(options, items).items()
+    )
+    return Plan(options, checkpoint, config, naming.source, layout, shards, tuple(dropped))
+
+
+def _refuse_overwriting(options: Options, checkpoint: Checkpoint) -> None:
+    sources = [checkpoint.path, *checkpoint.files, options.source]
+    outputs = [options.output, options.output / f"{options.output_name}{options.output_ext}"]
+    for output in outputs:
+        if any(output.resolve() == path.resolve() for path in sources):
+            raise ConfigError("--output", f"'{output}' is the source itself", do="give another directory")
+
+
+def _select(
+    options: Options, checkpoint: Checkpoint, naming: names.Naming
+) -> tuple[dict[str, TensorInfo], list[str]]:
+    """Tensors to write by original name, in natural order, and the names that are left out."""
+    tensors: dict[str, TensorInfo] = {}
+    dropped = []
+    originals = {name: naming.original(name) for name in checkpoint.tensors}
+    _check_keys("--ignore-keys", options.ignore_keys, [original for original in originals.values() if original])
+    for name, info in checkpoint.tensors.items():
+        original = originals[name]
+        if original is None or options.rule.drops(original):
+            dropped.append(name)
+            continue
+        if original in tensors:
+            raise CheckpointError(str(info.file), f"'{name}' and '{tensors[original].name}' are both '{original}'")
+        if info.dtype not in TORCH_DTYPES:
+            raise CheckpointError(str(info.file), f"'{name}' has the dtype {info.dtype}", allowed=", ".join(TORCH_DTYPES))
+        tensors[original] = info
+    if not tensors:
+        raise CheckpointError(str(checkpoint.path), "no tensor is left to write", do="look at --ignore-keys")
+    return dict(sorted(tensors.items(), key=lambda pair: _natural(pair[0]))), dropped
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+def _check_rule(options: Options, tensors: Mapping[str, TensorInfo], where: str) -> None:
+    """Refuse target keys that match nothing, and a source in which there is nothing to quantize."""
+    if options.spec is None:
+        return
+    rule = options.rule
+    _check_keys("--ignore-quant-keys", options.ignore_quant_keys, tensors)
+    components = {rule.component(name) for name in tensors}
+    for key in options.target_keys:
+        if key not in components:
+            there = sorted(component for component in components if component and not component.isdigit())
+            raise ConfigError(
+                "--target-keys",
+                f"no tensor has '{key}' as component {rule.key_idx} of its name{suggestion(key, there)}",
+                allowed=", ".join(there[:20]),
+            )
+    if not any(rule.quantizes(name, info.shape) for name, info in tensors.items()):
+        others = [
+            kind for kind, other in MODEL_TYPES.items() if any(other.quantizes(n, i.shape) for n, i in tensors.items())
+        ]
+        raise CheckpointError(
+            where,
+            f"has no layer that {options.model_type} quantizes: component {rule.key_idx} of a name is one of "
+            f"{', '.join(rule.target_keys)}",
+            do=f"use --model_type {others[0]}" if others else "check --model_type, --key-idx and --target-keys",
+        )
+
+
+def _check_keys(flag: str, keys: Iterable[str], originals: Iterable[str]) -> None:
+    """Refuse keys that no name contains."""
+    components = {part for name in originals for part in name.split(".") if not part.isdigit()}
+    for key in keys:
+        if not any(key in name for name in originals):
+            raise ConfigError(flag, f"no tensor's name contains '{key}'{suggestion(key, components)}")
+
+
+def _check_names(unknown: list[str], where: str) -> None:
+    if unknown:
+        shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
+        raise CheckpointError(
+            where, f"{len(unknown)} tensors have no name in diffusers: {shown}", do="drop them with --ignore-keys"
+        )
+
+
+def _item(options: Options, info: TensorInfo, original: str, output: str, patches: tuple[Patch, ...]) -> Item:
+    spec = options.spec if options.rule.quantizes(original, info.shape) else None
+    if (spec or patches) and info.dtype not in _FLOATS:
+        raise CheckpointError(
+            str(info.file),
+            f"'{info.name}' is {info.dtype}: it is quantized already",
+            allowed=", ".join(_FLOATS),
+            do="convert the checkpoint that it was made from",
+        )
+    if spec:
+        codes = Slot(output, _CODES[spec.dtype], info.shape)
+        scale = Slot(f"{output}_scale", "F32", spec.scale_shape(info.shape[0], info.shape[1]))
+        return Item(info, original, codes, scale, spec, patches)
+    keep = info.dtype not in _FLOATS or original.endswith("_scale") or options.float_dtype is None
+    dtype = info.dtype if keep else str(options.float_dtype)
+    return Item(info, original, Slot(output, dtype, info.shape), None, None, patches)
+
+
+def _group(options: Options, items: list[Item]) -> dict[str, list[Item]]:
+    """The items of each file. A weight and its scale stay together."""
+    if options.single_file or options.pickled:
+        return {f"{options.output_name}{options.output_ext}": items}
+    groups: dict[str, list[Item]] = {}
+    if options.save_by_block:
+        for item in items:
+            match = _BLOCK.search(item.original)
+            groups.setdefault(f"block_{match[1]}.safetensors" if match else "non_block.safetensors", []).append(item)
+        return groups
+    part, count = 1, 0
+    for item in items:
+        if count and count + len(item.slots) > options.chunk_size:
+            part, count = part + 1, 0
+        groups.setdefault(f"{options.output_name}_part{part}.safetensors", []).append(item)
+        count += len(item.slots)
+    return groups
+
+
+def _metadata(
+    options: Options, checkpoint: Checkpoint, loras: Iterable[Checkpoint], layout: names.Layout
+) -> dict[str, str]:
+    rule = options.rule
+    choices = {
+        "scheme": scheme_name(options.spec) if options.spec else None,
+        "non_linear_dtype": options.float_dtype,
+        "key_idx": rule.key_idx,
+        "target_keys": rule.target_keys,
+        "ignore_keys": rule.ignore_keys,
+        "ignore_quant_keys": rule.ignore_quant_keys,
+        "loras": [
+            {"hash": fingerprint(file), "strength": option.strength, "alpha": option.alpha}
+            for option, file in zip(options.loras, loras, strict=True)
+        ],
+        "lora_key_convert": options.lora_key_convert,
+    }
+    return {
+        "format": "pt",
+        "format_version": FORMAT_VERSION,
+        "tool": f"lightx2v {__version__}",
+        "model_type": options.model_type,
+        "layout": layout,
+        "source_hash": f"sha256:{fingerprint(checkpoint)}",
+        "options": json.dumps(choices, sort_keys=True),
+    }
+
+
+def _layers(group: Iterable[Item]) -> dict[str, str]:
+    layers = {item.layer: scheme_name(item.spec) for item in group if item.spec}
+    return {"quantization": json.dumps({"layers": layers}, sort_keys=True)} if layers else {}

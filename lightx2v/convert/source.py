@@ -1,0 +1,137 @@
+"""Where the weights are, what identifies them, and their rows, read without mapping whole files into memory."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightx2v.errors import CheckpointError
+from lightx2v.io import pickles
+from lightx2v.io.headers import TensorInfo, read_header
+from lightx2v.io.layout import PICKLES
+from lightx2v.io.weights import Checkpoint
+from lightx2v.models.wan.layout import WanFiles, detect
+
+from lightx2v.convert.writer import TORCH_DTYPES
+
+_PARTS = {"wan_dit": "dit", "wan_t5": "text_encoder", "wan_clip": "image_encoder"}
+_SAMPLES, _SAMPLE_BYTES = 1024, 64
+
+
+def locate(source: Path, model_type: str) -> tuple[Path, Path | None]:
+    """The weights of `model_type` in a file or a model directory, and the config.json that describes them.
+
+    A directory that is no whole model is taken as the weights themselves. Raises CheckpointError.
+    """
+    if not source.exists():
+        raise CheckpointError(str(source), "no such file or directory")
+    folder = source if source.is_dir() else source.parent
+    config: Path | None = folder / "config.json"
+    weights = source
+    if source.is_dir():
+        models = [found for task in ("t2v", "i2v") if (found := _model(source, task))]
+        parts = {getattr(model, _PARTS[model_type]): model for model in models} if models else {}
+        parts.pop(None, None)
+        if len(parts) > 1:
+            names = ", ".join(sorted(str(part) for part in parts))
+            raise CheckpointError(str(source), f"holds several models: {names}", do="give one of them as --source")
+        for part, model in parts.items():
+            weights, config = part, model.config
+    if config is not None and (model_type != "wan_dit" or not config.is_file()):
+        config = None
+    return weights, config
+
+
+def _model(folder: Path, task: str) -> WanFiles | None:
+    try:
+        return detect(folder, task)
+    except CheckpointError:
+        return None
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """SHA-256 of what identifies a checkpoint without reading it all.
+
+    It covers the name, dtype and shape of every tensor, and of every file its size and 64 bytes at each of 1024 evenly
+    spaced places.
+    """
+    digest = hashlib.sha256()
+    for info in sorted(checkpoint.tensors.values(), key=lambda info: info.name):
+        digest.update(f"{info.name} {info.dtype} {info.shape}\n".encode())
+    for file in checkpoint.files:
+        size = file.stat().st_size
+        digest.update(f"{size}\n".encode())
+        with file.open("rb", buffering=0) as stream:
+            for index in range(_SAMPLES):
+                stream.seek(max(0, size - _SAMPLE_BYTES) * index // (_SAMPLES - 1))
+                digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+class RowReader:
+    """Rows of the tensors of a checkpoint. Threads may read at once."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._offsets: dict[str, int] = {}
+        for file in checkpoint.files:
+            if file.suffix not in PICKLES:
+                self._offsets |= _offsets(file, checkpoint.tensors.values())
+        self._lock = threading.Lock()
+        self._pickled: tuple[str, Tensor] | None = None
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) along the first dimension, on the CPU; a tensor without dimensions has no rows."""
+        info = self._checkpoint.tensors[name]
+        if name not in self._offsets:
+            tensor = self._from_pickle(info)
+            return tensor[start:stop] if tensor.dim() else tensor
+        dtype = TORCH_DTYPES[info.dtype]
+        row = math.prod(info.shape[1:])
+        if info.shape:
+            stop = info.shape[0] if stop is None else stop
+            shape: tuple[int, ...] = (stop - start, *info.shape[1:])
+        else:
+            shape, start = (), 0
+        result = torch.empty(math.prod(shape), dtype=dtype)
+        if result.numel():
+            self._read(info, self._offsets[name] + start * row * dtype.itemsize, result)
+        return result.view(shape)
+
+    def _read(self, info: TensorInfo, offset: int, into: Tensor) -> None:
+        view = memoryview(into.view(torch.uint8).numpy())
+        with info.file.open("rb", buffering=0) as stream:
+            stream.seek(offset)
+            done = 0
+            while done < len(view):
+                count = stream.readinto(view[done:])
+                if not count:
+                    raise CheckpointError(str(info.file), "ends too soon", do="was it changed meanwhile?")
+                done += count
+
+    def _from_pickle(self, info: TensorInfo) -> Tensor:
+        # The file is mapped anew for each tensor: pages of one that has been used stay resident until it is unmapped.
+        with self._lock:
+            if self._pickled is None or self._pickled[0] != info.name:
+                self._pickled = None
+                self._pickled = info.name, pickles.read_state(info.file)[info.name]
+            return self._pickled[1]
+
+
+def _offsets(file: Path, wanted: Iterable[TensorInfo]) -> dict[str, int]:
+    """Where each tensor of a safetensors file begins; its tensors follow each other without holes to the end."""
+    infos, _ = read_header(file)
+    position = file.stat().st_size - sum(info.nbytes for info in infos)
+    names = {info.name for info in wanted if info.file == file}
+    found = {}
+    for info in infos:
+        if info.name in names:
+            found[info.name] = position
+        position += info.nbytes
+    return found

@@ -1,0 +1,141 @@
+"""What the engine knows of a model family without importing its modules."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.registry import Registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+DEFAULTS_FILE = "lightx2v_defaults.json"
+"""Optional file of a model directory: `{"<task>": {"steps": 20, ...}}`, in place of the family's own defaults."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Run settings that hold where neither the JSON nor the command line gives one. Sizes in pixels."""
+
+    steps: int
+    shift: float
+    guidance: float
+    solver: str
+    height: int
+    width: int
+    frames: int
+    fps: int
+
+
+class ModelFiles(Protocol):
+    """Where the parts of a checkpoint are, as a family's `layout` finds them."""
+
+    @property
+    def root(self) -> Path: ...
+
+
+@dataclass(frozen=True)
+class FamilySpec:
+    """One family of models. The paths `"module:attribute"` are imported on use."""
+
+    name: str
+    tasks: tuple[str, ...]
+    defaults: Mapping[str, Defaults]
+    """By task."""
+    quantized: tuple[str, ...]
+    """Globs of the linear layers that `mm_type` applies to."""
+    keep: tuple[str, ...]
+    """Globs of the layers that are never quantized."""
+    vae_stride: tuple[int, int, int]
+    """Frames, height, width of a video over those of its latents; the first frame has a latent frame of its own."""
+    patch_size: tuple[int, int, int]
+    latent_channels: int
+    dit: str
+    layout: str
+    keymap: str
+    """Module with `to_original` and `is_unused`."""
+
+    def build_dit(self, arch: Any) -> nn.Module:
+        """The DiT of `arch`, on torch's current default device."""
+        module: nn.Module = _attribute(self.dit)(arch)
+        return module
+
+    def detect(self, model_path: str | Path, task: str) -> Any:
+        """Find the files of a checkpoint of this family for `task`. Raises CheckpointError."""
+        return _attribute(self.layout)(model_path, task)
+
+    def original_name(self, name: str) -> str:
+        """The original name of a tensor of any layout of the family; a name that is not known is returned as it is."""
+        renamed: str = _attribute(f"{self.keymap}:to_original")(name)
+        return renamed
+
+    def is_unused(self, name: str) -> bool:
+        """Whether published checkpoints hold this tensor although no layer reads it; such a tensor is left out."""
+        unused: bool = _attribute(f"{self.keymap}:is_unused")(name)
+        return unused
+
+    def load_defaults(self, files: ModelFiles, task: str) -> dict[str, Any]:
+        """Run settings for `task`: the family's, or those that the checkpoint ships in `lightx2v_defaults.json`."""
+        path = files.root / DEFAULTS_FILE
+        shipped = _read_defaults(path, self.tasks).get(task, {}) if path.is_file() else {}
+        return asdict(replace(self.defaults[task], **shipped))
+
+    def check_size(self, height: int, width: int, frames: int) -> None:
+        """Raise ConfigError, with the nearest sizes, where VAE stride and patches do not divide the video."""
+        stride, patch = self.vae_stride, self.patch_size
+        for key, value, multiple in (("height", height, stride[1] * patch[1]), ("width", width, stride[2] * patch[2])):
+            _check_multiple(f"video.{key}", value, multiple, offset=0)
+        _check_multiple("video.frames", frames, stride[0] * patch[0], offset=1)
+
+    def latent_shape(self, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
+        """[C, t, h, w] of the latents of a video."""
+        t, h, w = self.vae_stride
+        return (self.latent_channels, (frames - 1) // t + 1, height // h, width // w)
+
+
+FAMILIES: Registry[FamilySpec] = Registry("model_cls")
+FAMILIES.add("wan2.1", "lightx2v.models.wan.spec:WAN")
+
+
+def _attribute(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _check_multiple(key: str, value: int, multiple: int, offset: int) -> None:
+    """`value` must be `offset` plus a multiple of `multiple`, and positive."""
+    smallest = offset or multiple
+    if value >= smallest and (value - offset) % multiple == 0:
+        return
+    below = max(smallest, (value - offset) // multiple * multiple + offset)
+    nearest = sorted({below, max(smallest, below + multiple)} if value >= smallest else {smallest})
+    rule = f"multiples of {multiple}" + (f" plus {offset}" if offset else "")
+    raise ConfigError(key, f"{value} does not fit", allowed=f"{rule}; the nearest: {', '.join(map(str, nearest))}")
+
+
+def _read_defaults(path: Path, tasks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """The checked content of a `lightx2v_defaults.json`."""
+    types = {field.name: {"int": int, "float": (int, float), "str": str}[str(field.type)] for field in fields(Defaults)}
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(str(path), f"is not JSON: {error}") from error
+    if not isinstance(content, dict) or not all(isinstance(values, dict) for values in content.values()):
+        raise CheckpointError(str(path), "is not an object of tasks", allowed='{"t2v": {"steps": 20, ...}, ...}')
+    for task, values in content.items():
+        if task not in tasks:
+            raise CheckpointError(str(path), f"unknown task '{task}'", allowed=", ".join(tasks))
+        for key, value in values.items():
+            if key not in types:
+                raise CheckpointError(
+                    str(path), f"unknown key '{key}'{suggestion(key, types)}", allowed=", ".join(types)
+                )
+            if not isinstance(value, types[key]) or isinstance(value, bool):  # type: ignore[arg-type]
+                raise CheckpointError(str(path), f"{task}.{key} is {value!r}", do="correct its type")
+    return content

@@ -1,0 +1,283 @@
+"""The diffusion transformer of Wan2.1 (arXiv 2503.20314), text-to-video and image-to-video.
+
+Shapes: B batch; C latent channels; t, h, w latent frames, height, width; L = (t/1)(h/2)(w/2) video tokens;
+T text tokens; N image tokens; D width; H heads of width Dh = D/H. Names of the parameters are the original ones.
+
+Precision, as in the original's autocast regions: the residual stream, norms, rotary embedding, modulation, time
+embedding and head are float32; the linears of the blocks compute in the dtype of the text tokens, which is the dtype
+of `text_embedding`.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightx2v.attention.base import AttentionFn
+from lightx2v.attention.sdpa import torch_sdpa
+from lightx2v.errors import ConfigError
+from lightx2v.models.base import Branch, Conditions, StepContext, Stream, run_blocks
+from lightx2v.models.wan.arch import WanArch
+
+Rope = tuple[Tensor, Tensor]
+
+
+def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
+    """Sinusoids of `timestep` [B], cosines first: [B, dim] float32. The angles are float64 as in the original."""
+    exact = torch.float32 if timestep.device.type == "mps" else torch.float64
+    half = dim // 2
+    rates = torch.arange(half, dtype=exact, device=timestep.device).mul_(-math.log(10000) / half).exp_()
+    angles = timestep.to(exact)[:, None] * rates
+    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
+
+
+def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
+    """Cosines and sines [L, 1, Dh/2], float32, for tokens on a (frames, height, width) grid.
+
+    The Dh/2 rotation planes are shared out among the three axes, with the remainder of the division to the frames.
+    """
+    spatial = head_dim // 6
+    planes = (head_dim // 2 - 2 * spatial, spatial, spatial)
+    angles = []
+    for axis, (length, count) in enumerate(zip(grid, planes, strict=True)):
+        rates = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
+        shape = [1, 1, 1, count]
+        shape[axis] = length
+        along = torch.outer(torch.arange(length, dtype=torch.float64), rates)
+        angles.append(along.view(shape).expand(*grid, count))
+    angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)
+    return angle.cos().float(), angle.sin().float()
+
+
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Rotary embedding of x [B, L, H, Dh], whose neighbouring components make the rotation planes."""
+    cos, sin = rope
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def dtype_of(module: nn.Module) -> torch.dtype:
+    """The dtype that `module`, none of whose layers is ever quantized, computes in."""
+    return next(module.parameters()).dtype
+
+
+class RMSNorm(nn.RMSNorm):
+    """Over the full width D, computed and returned in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """Computed and returned in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__()
+        self.heads = arch.num_heads
+        self.q = nn.Linear(arch.dim, arch.dim)
+        self.k = nn.Linear(arch.dim, arch.dim)
+        self.v = nn.Linear(arch.dim, arch.dim)
+        self.o = nn.Linear(arch.dim, arch.dim)
+        self.norm_q = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
+        self.norm_k = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
+        self.attention: AttentionFn = torch_sdpa
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """[B, L, D] -> [B, L, H, Dh]"""
+        return x.unflatten(-1, (self.heads, -1))
+
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+        q = rotate(self.split_heads(self.norm_q(self.q(x))), rope)
+        k = rotate(self.split_heads(self.norm_k(self.k(x))), rope)
+        v = self.split_heads(self.v(x))
+        return self.o(self.attention(q.to(v.dtype), k.to(v.dtype), v).flatten(2))
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the text and, for image-to-video, to the image tokens; the two results are added."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__(arch)
+        if arch.model_type == "i2v":
+            self.k_img = nn.Linear(arch.dim, arch.dim)
+            self.v_img = nn.Linear(arch.dim, arch.dim)
+            self.norm_k_img = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:  # type: ignore[override]
+        v = self.split_heads(self.v(text))
+        q = self.split_heads(self.norm_q(self.q(x))).to(v.dtype)
+        k = self.split_heads(self.norm_k(self.k(text))).to(v.dtype)
+        out = self.attention(q, k, v)
+        if image is not None:
+            k = self.split_heads(self.norm_k_img(self.k_img(image))).to(v.dtype)
+            out = out + self.attention(q, k, self.split_heads(self.v_img(image)))
+        return self.o(out.flatten(2))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the time embedding."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(arch)
+        self.norm3 = LayerNorm(arch.dim, arch.eps) if arch.cross_attn_norm else nn.Identity()
+        self.cross_attn = CrossAttention(arch)
+        self.norm2 = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(arch.ffn_dim, arch.dim)
+        )
+        self.modulation = nn.Parameter(torch.randn(1, 6, arch.dim) / arch.dim**0.5)
+
+    def forward(self, stream: Stream, context: StepContext) -> Stream:
+        x, dtype = stream.x, context.text.dtype
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + context.temb).chunk(6, dim=1)
+        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
+        x = x + self.self_attn(y.to(dtype), context.rope) * gate1
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context.text, context.extra["image"])
+        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
+        return Stream(x + self.ffn(y.to(dtype)) * gate2)
+
+
+class Head(nn.Module):
+    """Video tokens back to latents: [B, L, D] -> [B, C, t, h, w] float32."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__()
+        self.patch_size = arch.patch_size
+        self.norm = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
+        self.head = nn.Linear(arch.dim, arch.out_dim * math.prod(arch.patch_size))
+        self.modulation = nn.Parameter(torch.randn(1, 2, arch.dim) / arch.dim**0.5)
+
+    def forward(self, stream: Stream, context: StepContext) -> Tensor:
+        shift, scale = (self.modulation.float() + context.extra["head_temb"][:, None]).chunk(2, dim=1)
+        y = torch.addcmul(shift, self.norm(stream.x), 1 + scale)
+        patches = self.head(y.to(dtype_of(self.head))).float()
+        patches = patches.unflatten(1, context.extra["grid"]).unflatten(-1, (*self.patch_size, -1))
+        return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+
+
+class ImageEmbedding(nn.Module):
+    """Tokens of the image encoder [B, N, image_dim] -> [B, N, D]."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__()
+        self.proj = nn.Sequential(
+            LayerNorm(arch.image_dim),
+            nn.Linear(arch.image_dim, arch.image_dim),
+            nn.GELU(),
+            nn.Linear(arch.image_dim, arch.dim),
+            LayerNorm(arch.dim),
+        )
+
+    def forward(self, image: Tensor) -> Tensor:
+        norm_in, linear_in, gelu, linear_out, norm_out = self.proj
+        dtype = dtype_of(linear_in)
+        return norm_out(linear_out(gelu(linear_in(norm_in(image).to(dtype))))).to(dtype)
+
+
+class WanDiT(nn.Module):
+    """Predicts the flow (noise minus data) of video latents. It runs on one device and knows nothing of features."""
+
+    fp32_names = (
+        "time_embedding.*",
+        "time_projection.*",
+        "*modulation",
+        "*norm_q.*",
+        "*norm_k.*",
+        "*norm_k_img.*",
+        "*norm3.*",
+        "img_emb.proj.0.*",
+        "img_emb.proj.4.*",
+        "head.*",
+    )
+    """Globs of the parameters to keep in float32 whatever the compute dtype."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__()
+        self.arch = arch
+        self.patch_embedding = nn.Conv3d(arch.in_dim, arch.dim, arch.patch_size, arch.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(arch.text_dim, arch.dim), nn.GELU(approximate="tanh"), nn.Linear(arch.dim, arch.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(arch.freq_dim, arch.dim), nn.SiLU(), nn.Linear(arch.dim, arch.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(arch.dim, 6 * arch.dim))
+        if arch.model_type == "i2v":
+            self.img_emb = ImageEmbedding(arch)
+        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.num_layers))
+        self.head = Head(arch)
+        self._rope: dict[tuple[tuple[int, int, int], torch.device], Rope] = {}
+
+    def set_attention(self, fn: AttentionFn) -> None:
+        """Use `fn` for every attention of the model."""
+        for module in self.modules():
+            if isinstance(module, SelfAttention):
+                module.attention = fn
+
+    def embed(
+        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, step: int = 0, branch: Branch = "cond"
+    ) -> tuple[Stream, StepContext]:
+        """Latents [B, C, t, h, w], timestep [B] in 0..1000 and conditions to tokens and what the blocks read."""
+        if conditions.latent is not None:
+            latents = torch.cat([latents, conditions.latent.to(latents.dtype)], dim=1)
+        tokens, grid = self._patches(latents)
+        head_temb = self.time_embedding(
+            timestep_embedding(timestep, self.arch.freq_dim).to(dtype_of(self.time_embedding))
+        )
+        temb = self.time_projection(head_temb).unflatten(1, (6, -1))
+        context = StepContext(
+            temb=temb.float(),
+            rope=self._rope_for(grid, latents.device),
+            text=self._text_tokens(conditions.text),
+            step=step,
+            branch=branch,
+            extra={"head_temb": head_temb.float(), "grid": grid, "image": self._image_tokens(conditions.image)},
+        )
+        return Stream(tokens.float()), context
+
+    def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
+        """One evaluation: [B, C, t, h, w] -> [B, out_dim, t, h, w] float32."""
+        stream, context = self.embed(latents, timestep, conditions)
+        return self.head(run_blocks(self, stream, context), context)
+
+    def _patches(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+        """[B, C, t, h, w] -> tokens [B, L, D]; the convolution has stride = kernel, so it is one matrix product."""
+        if latents.shape[1] != self.arch.in_dim:
+            raise ConfigError(
+                "latents", f"{latents.shape[1]} channels, {self.arch.in_dim} wanted by a {self.arch.model_type} model"
+            )
+        pt, ph, pw = self.arch.patch_size
+        b, c, t, h, w = latents.shape
+        grid = (t // pt, h // ph, w // pw)
+        patches = latents.reshape(b, c, grid[0], pt, grid[1], ph, grid[2], pw).permute(0, 2, 4, 6, 1, 3, 5, 7)
+        patches = patches.flatten(4).flatten(1, 3).to(dtype_of(self.patch_embedding))
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias), grid
+
+    def _text_tokens(self, text: Tensor) -> Tensor:
+        """Zeros up to text_len, then the projection. The model was trained so: the padding is not masked."""
+        if text.shape[1] > self.arch.text_len:
+            raise ConfigError("text_len", f"{text.shape[1]} text tokens", allowed=f"at most {self.arch.text_len}")
+        text = F.pad(text, (0, 0, 0, self.arch.text_len - text.shape[1]))
+        return self.text_embedding(text.to(dtype_of(self.text_embedding)))
+
+    def _image_tokens(self, image: Tensor | None) -> Tensor | None:
+        return None if image is None else self.img_emb(image)
+
+    def _rope_for(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
+        key = (grid, device)
+        if key not in self._rope:
+            with torch.inference_mode(False):  # a table made in inference mode could not be used in training later
+                cos, sin = rope_table(self.arch.head_dim, grid)
+                self._rope = {key: (cos.to(device), sin.to(device))}
+        return self._rope[key]

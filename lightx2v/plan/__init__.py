@@ -1,0 +1,5 @@
+"""From a config to a plan: what will run, on what, and why. Reads headers only; no weights, no GPU needed."""
+
+from lightx2v.plan.resolve import Plan, resolve
+
+__all__ = ["Plan", "resolve"]

@@ -1,0 +1,68 @@
+"""What a plan needs at its peak, estimated from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from lightx2v.errors import UserError
+from lightx2v.platform import DeviceInfo
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes on the device in each stage: its own working memory and the weights that are resident then."""
+
+    stages: Mapping[str, int]
+
+    @property
+    def peak(self) -> int:
+        return max(self.stages.values())
+
+
+def estimate(
+    weights: Mapping[str, int],
+    *,
+    tokens: int,
+    dim: int,
+    ffn_dim: int,
+    dtype_bytes: int,
+    frames: int,
+    frame_pixels: int,
+    vae_dim: int,
+    unload: bool,
+) -> MemoryEstimate:
+    """Peak bytes of the stages text, image, denoise and decode.
+
+    `tokens` is the length of the DiT's sequence, `frame_pixels` = height * width, `vae_dim` the VAE's base channels.
+    The DiT holds, besides its weights, about eight [L, D] tensors in the compute dtype, three in float32 and two
+    [L, ffn]; the VAE about six feature maps of four frames at full size in float32, and the frames twice.
+    """
+    denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + tokens * ffn_dim * 2 * dtype_bytes
+    decode = 6 * 4 * frame_pixels * vae_dim * 4 + frames * frame_pixels * 3 * 4 * 2
+    work = {"text": 0, "image": decode if "clip" in weights else 0, "denoise": denoise, "decode": decode}
+    needs = {"text": ("t5",), "image": ("clip", "vae"), "denoise": ("dit",), "decode": ("vae",)}
+    everything = sum(weights.values())
+    return MemoryEstimate(
+        {
+            stage: work[stage] + (sum(weights.get(n, 0) for n in needs[stage]) if unload else everything)
+            for stage in needs
+            if stage != "image" or "clip" in weights
+        }
+    )
+
+
+def check_fits(estimate: MemoryEstimate, device: DeviceInfo, limit_gb: float | None) -> None:
+    """Refuse, before anything is loaded, a plan that needs more than `limit_gb` or than the device has free."""
+    available = int(limit_gb * GIB) if limit_gb is not None else device.free_memory
+    if estimate.peak <= available:
+        return
+    stage = max(estimate.stages, key=lambda name: estimate.stages[name])
+    limit = "max_memory_gb" if limit_gb is not None else f"free on {device.name}"
+    raise UserError(
+        "memory",
+        f"the plan needs about {estimate.peak / GIB:.1f} GiB at its peak ({stage}), and {available / GIB:.1f} GiB are {limit}",
+        do="set unload_modules, a quantized mm_type, a smaller video or fewer frames (lightx2v explain shows each stage)",
+    )

@@ -1,0 +1,59 @@
+"""One request with every default filled in: family defaults < checkpoint defaults < config."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lightx2v.config.schema import Config
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to generate. Sizes in pixels, `fps` in frames a second."""
+
+    task: str
+    prompt: str
+    negative_prompt: str
+    image_path: str | None
+    seed: int
+    height: int
+    width: int
+    frames: int
+    fps: int
+    steps: int
+    shift: float
+    guidance: float
+    cfg: bool
+    solver: str
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def build_request(config: Config, defaults: dict[str, Any]) -> Request:
+    """Fill what `config` leaves open from `defaults` (keys: steps, shift, guidance, solver, height, width, frames, fps).
+
+    A guidance of 1 means that the unconditional branch has no weight, so it is not computed.
+    """
+    chosen = {
+        "height": config.video.height,
+        "width": config.video.width,
+        "frames": config.video.frames,
+        "fps": config.video.fps,
+        "steps": config.sampling.steps,
+        "shift": config.sampling.shift,
+        "guidance": config.sampling.guidance,
+        "solver": config.sampling.solver,
+    }
+    filled = {key: defaults[key] if value is None else value for key, value in chosen.items()}
+    wanted = config.sampling.cfg is None or config.sampling.cfg
+    return Request(
+        task=config.task,
+        prompt=config.prompt,
+        negative_prompt=config.negative_prompt,
+        image_path=config.image_path,
+        seed=config.seed,
+        cfg=wanted and filled["guidance"] != 1.0,
+        **filled,
+    )

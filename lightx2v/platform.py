@@ -1,0 +1,225 @@
+"""Devices and installed libraries. The only file that names a vendor's device type; torch is imported on use."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightx2v.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class DeviceInfo:
+    """One device. Memory is in bytes; for the CPU it is RAM, within the limit of the control group."""
+
+    kind: str
+    """"cpu", "cuda", "rocm", "xpu" or "mps"."""
+    index: int
+    name: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None for every other kind."""
+    total_memory: int
+    free_memory: int
+
+    @property
+    def torch_name(self) -> str:
+        """What `torch.device` takes. ROCm devices go by CUDA's name there."""
+        if self.kind in ("cpu", "mps"):
+            return self.kind
+        return f"{'cuda' if self.kind == 'rocm' else self.kind}:{self.index}"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a module is installed: `version` is None exactly when `reason` says why not."""
+
+    module: str
+    version: str | None
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class _Library:
+    distributions: tuple[str, ...]
+    install: str
+
+
+def _source(url: str) -> str:
+    return f"pip install --no-build-isolation 'git+https://github.com/{url}'"
+
+
+_LIBRARIES = {
+    "sgl_kernel": _Library(("sgl-kernel",), "pip install sgl-kernel"),
+    "q8_kernels": _Library(("q8-kernels",), _source("KONAKONA666/q8_kernels")),
+    "deep_gemm": _Library(("deep-gemm",), _source("deepseek-ai/DeepGEMM")),
+    "triton": _Library(("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"), "pip install triton"),
+    "flash_attn": _Library(("flash-attn",), "pip install --no-build-isolation flash-attn"),
+    "flash_attn_interface": _Library(
+        ("flash-attn-3", "flashattn-hopper"), _source("Dao-AILab/flash-attention#subdirectory=hopper")
+    ),
+    "sageattention": _Library(("sageattention",), _source("thu-ml/SageAttention")),
+}
+
+
+def probe(module: str) -> Probe:
+    """Look for top-level `module` without importing it. Never raises."""
+    try:
+        found = module in sys.modules or importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError) as error:
+        return Probe(module, None, f"cannot be looked up: {error}")
+    if not found or sys.modules.get(module, module) is None:
+        return Probe(module, None, "not installed")
+    for distribution in _LIBRARIES[module].distributions if module in _LIBRARIES else (module,):
+        try:
+            return Probe(module, importlib.metadata.version(distribution), None)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return Probe(module, str(getattr(sys.modules.get(module), "__version__", "unknown")), None)
+
+
+def install_hint(module: str) -> str:
+    """The command that installs `module`."""
+    return _LIBRARIES[module].install if module in _LIBRARIES else f"pip install {module.replace('_', '-')}"
+
+
+def _read_int(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # absent, or "max"
+        return None
+
+
+def _cgroup_folders() -> Iterator[Path]:
+    """The folders of this process's memory control group and of its parents, for cgroup v2 and v1."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            root = Path("/sys/fs/cgroup") / controllers
+            inside = root / path.lstrip("/")
+            yield from (folder for folder in (inside, *inside.parents) if folder.is_relative_to(root))
+
+
+def _cgroup_memory(total: int, free: int) -> tuple[int, int]:
+    """`total` and `free` bytes of RAM cut to every limit of the control groups."""
+    for folder in _cgroup_folders():
+        for limit_file, usage_file, cache_key in (
+            ("memory.max", "memory.current", "inactive_file "),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+        ):
+            limit, usage = _read_int(folder / limit_file), _read_int(folder / usage_file)
+            if limit is None or limit >= total:
+                continue
+            stat = folder / "memory.stat"
+            lines = stat.read_text().splitlines() if stat.is_file() else []
+            cache = next((int(line.split()[1]) for line in lines if line.startswith(cache_key)), 0)
+            total, free = limit, min(free, max(0, limit - (usage or 0) + cache))
+    return total, free
+
+
+def _proc_kilobytes(path: str, key: str) -> int | None:
+    """The bytes behind `key` in one of Linux's /proc tables; None elsewhere."""
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":")), None)
+
+
+def _cpu() -> DeviceInfo:
+    ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total, free = _cgroup_memory(ram, _proc_kilobytes("/proc/meminfo", "MemAvailable") or ram)
+    return DeviceInfo("cpu", 0, platform.processor() or platform.machine(), None, total, free)
+
+
+def _accelerators() -> Iterator[DeviceInfo]:
+    if probe("torch").version is None:
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        kind = "rocm" if torch.version.hip else "cuda"
+        for index in range(torch.cuda.device_count()):
+            free, total = torch.cuda.mem_get_info(index)
+            capability = torch.cuda.get_device_capability(index) if kind == "cuda" else None
+            yield DeviceInfo(kind, index, torch.cuda.get_device_name(index), capability, total, free)
+    if torch.xpu.is_available():
+        for index in range(torch.xpu.device_count()):
+            free, total = torch.xpu.mem_get_info(index)
+            yield DeviceInfo("xpu", index, torch.xpu.get_device_name(index), None, total, free)
+    if torch.backends.mps.is_available():
+        total = torch.mps.recommended_max_memory()
+        free = total - torch.mps.driver_allocated_memory()
+        yield DeviceInfo("mps", 0, platform.machine(), None, total, free)
+
+
+def list_devices() -> list[DeviceInfo]:
+    """Every device there is, the best kind first and the CPU last."""
+    return [*_accelerators(), _cpu()]
+
+
+def select_device(name: str = "auto") -> DeviceInfo:
+    """The device called `name`: "auto" (the best there is), a kind ("cuda"), or a kind and an index ("cuda:1").
+
+    Of several equal accelerators "auto" takes the one with most free memory. Raises ConfigError when it is not there.
+    """
+    devices = list_devices()
+    if name == "auto":
+        return max((d for d in devices if d.kind == devices[0].kind), key=lambda d: d.free_memory)
+    wanted = name if ":" in name else f"{name}:0"
+    for device in devices:
+        if wanted in (f"{device.kind}:{device.index}", device.torch_name):
+            return device
+    there = ", ".join(f"{d.torch_name} ({d.name})" for d in devices)
+    raise ConfigError("device", f"there is no '{name}' here", allowed=f"auto, {there}")
+
+
+def _backend(device: DeviceInfo) -> Any:
+    import torch
+
+    return {"cuda": torch.cuda, "rocm": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}[device.kind]
+
+
+def synchronize(device: DeviceInfo) -> None:
+    """Wait until all work queued on `device` is done."""
+    if device.kind != "cpu":
+        _backend(device).synchronize(*(() if device.kind == "mps" else (device.index,)))
+
+
+def empty_cache(device: DeviceInfo) -> None:
+    """Give the allocator's unused memory back to the device."""
+    if device.kind != "cpu":
+        _backend(device).empty_cache()
+
+
+def peak_memory(device: DeviceInfo) -> int:
+    """Bytes: most that tensors took since `reset_peak_memory`; resident memory on the CPU; on MPS what is taken now."""
+    if device.kind == "mps":
+        return int(_backend(device).driver_allocated_memory())
+    if device.kind != "cpu":
+        return int(_backend(device).max_memory_allocated(device.index))
+    # getrusage counts in bytes on macOS and in kilobytes elsewhere.
+    unit = 1 if sys.platform == "darwin" else 1024
+    most = _proc_kilobytes("/proc/self/status", "VmHWM")
+    return most if most is not None else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset_peak_memory(device: DeviceInfo) -> None:
+    """Start `peak_memory` anew. On a CPU this needs Linux; elsewhere the peak is the process's."""
+    if device.kind == "cpu":
+        clear = Path("/proc/self/clear_refs")
+        if os.access(clear, os.W_OK):
+            clear.write_text("5")  # resets VmHWM, see proc(5)
+    elif device.kind != "mps":
+        _backend(device).reset_peak_memory_stats(device.index)

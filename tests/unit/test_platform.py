@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import importlib.machinery
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+from lightx2v import platform
+from lightx2v.errors import ConfigError
+from lightx2v.platform import DeviceInfo, install_hint, list_devices, peak_memory, probe, select_device
+
+GPU = DeviceInfo("cuda", 0, "H", (9, 0), 80, 10)
+GPU_FREE = DeviceInfo("cuda", 1, "H", (9, 0), 80, 70)
+
+
+def test_cpu_is_always_there_with_plausible_memory() -> None:
+    cpu = list_devices()[-1]
+    assert (cpu.kind, cpu.torch_name, cpu.capability) == ("cpu", "cpu", None)
+    assert 2**28 < cpu.free_memory <= cpu.total_memory
+
+
+def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = select_device("cpu")
+    monkeypatch.setattr(platform, "_accelerators", lambda: iter([GPU, GPU_FREE]))
+    assert select_device() == GPU_FREE
+    assert select_device("cuda") == GPU
+    assert select_device("cuda:1") == GPU_FREE
+    assert select_device("cpu").kind == cpu.kind
+    with pytest.raises(ConfigError, match=r"no 'cuda:2'") as caught:
+        select_device("cuda:2")
+    assert "cuda:0 (H)" in str(caught.value) and "cpu" in str(caught.value)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("cuda", "cuda:1"), ("rocm", "cuda:1"), ("xpu", "xpu:1"), ("mps", "mps")])
+def test_torch_name(kind: str, name: str) -> None:
+    assert DeviceInfo(kind, 1, "", None, 1, 1).torch_name == name
+
+
+@pytest.mark.parametrize(
+    ("limit", "usage", "cache_key"),
+    [
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_respects_the_control_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, usage: str, cache_key: str
+) -> None:
+    inner, outer = tmp_path / "inner", tmp_path
+    inner.mkdir()
+    (inner / limit).write_text("max\n")
+    (outer / limit).write_text("1000\n")
+    (outer / usage).write_text("700\n")
+    (outer / "memory.stat").write_text(f"anon 600\n{cache_key} 100\n")
+    monkeypatch.setattr(platform, "_cgroup_folders", lambda: iter([inner, outer]))
+    assert platform._cgroup_memory(5000, 4000) == (1000, 400)
+    assert platform._cgroup_memory(900, 800) == (900, 800)
+
+
+def test_probe_tells_version_or_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert probe("pytest").version == pytest.__version__
+    missing = probe("no_such_module_at_all")
+    assert (missing.version, missing.reason) == (None, "not installed")
+    fake = types.ModuleType("sgl_kernel")
+    fake.__version__ = "9.9"  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "sgl_kernel", fake)
+    assert probe("sgl_kernel").version == "9.9"
+    monkeypatch.setitem(sys.modules, "sgl_kernel", None)
+    assert probe("sgl_kernel").version is None
+
+
+def test_probe_never_raises_and_never_imports(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "explosive.py").write_text("raise RuntimeError('imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert probe("explosive") == platform.Probe("explosive", "unknown", None)
+
+    def broken(name: str) -> importlib.machinery.ModuleSpec:
+        raise ValueError("no spec")
+
+    monkeypatch.setattr("importlib.util.find_spec", broken)
+    assert probe("whatever").reason == "cannot be looked up: no spec"
+
+
+def test_install_hints() -> None:
+    assert install_hint("sgl_kernel") == "pip install sgl-kernel"
+    assert install_hint("torchao") == "pip install torchao"
+    assert "DeepGEMM" in install_hint("deep_gemm")
+
+
+def test_cpu_peak_memory_sees_an_allocation() -> None:
+    cpu = select_device("cpu")
+    platform.synchronize(cpu)
+    platform.empty_cache(cpu)
+    platform.reset_peak_memory(cpu)
+    before = peak_memory(cpu)
+    block = b"x" * 2**26
+    assert peak_memory(cpu) >= before + len(block) // 2
+
+
+def test_import_needs_no_torch() -> None:
+    code = "import sys, lightx2v.platform; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
