@@ -37,7 +37,8 @@ def load_dit(plan: Plan) -> nn.Module:
         return torch.float32 if any(fnmatchcase(name, glob) for glob in fp32_names) else dtype
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in Checkpoint.open(part.checkpoint).stream():
+        checkpoint = Checkpoint.open(part.checkpoint)
+        for name, tensor in checkpoint.stream(n for n in checkpoint.tensors if not plan.family.is_unused(n)):
             yield plan.family.original_name(name), tensor
 
     stream_into(module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint))

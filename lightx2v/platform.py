@@ -164,24 +164,27 @@ def _accelerators() -> Iterator[DeviceInfo]:
         yield DeviceInfo("mps", 0, platform.machine(), None, total, free)
 
 
+def _devices() -> Iterator[DeviceInfo]:
+    yield from _accelerators()
+    yield _cpu()
+
+
 def list_devices() -> list[DeviceInfo]:
     """Every device there is, the best kind first and the CPU last."""
-    return [*_accelerators(), _cpu()]
+    return list(_devices())
 
 
 def select_device(name: str = "auto") -> DeviceInfo:
     """The device called `name`: "auto" (the best there is), a kind ("cuda"), or a kind and an index ("cuda:1").
 
-    Of several equal accelerators "auto" takes the one with most free memory. Raises ConfigError when it is not there.
+    Devices after the chosen one are not touched, for asking a GPU for its memory takes some of it; "cpu" touches none.
+    Raises ConfigError when the device is not there.
     """
-    devices = list_devices()
-    if name == "auto":
-        return max((d for d in devices if d.kind == devices[0].kind), key=lambda d: d.free_memory)
     wanted = name if ":" in name else f"{name}:0"
-    for device in devices:
-        if wanted in (f"{device.kind}:{device.index}", device.torch_name):
+    for device in [_cpu()] if wanted == "cpu:0" else _devices():
+        if name == "auto" or wanted in (f"{device.kind}:{device.index}", device.torch_name):
             return device
-    there = ", ".join(f"{d.torch_name} ({d.name})" for d in devices)
+    there = ", ".join(f"{d.torch_name} ({d.name})" for d in list_devices())
     raise ConfigError("device", f"there is no '{name}' here", allowed=f"auto, {there}")
 
 

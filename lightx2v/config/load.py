@@ -37,7 +37,7 @@ def load_config(
     merged = _Merged()
     if path is not None:
         _add(merged, _read_json(path), path)
-    _add(merged, overrides or {}, "command line")
+    _add(merged, overrides or {}, "arguments")
     _add(merged, dict(_parse_set(text) for text in sets), "--set")
     if merged.renamed:
         names = ", ".join(f"{old} -> {new}" for old, new in merged.renamed.items())

@@ -1,0 +1,1 @@
+"""Conversion of checkpoints: quantization, layouts, LoRA merging, splitting and joining."""

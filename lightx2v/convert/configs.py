@@ -7,9 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from loguru import logger
-
-from lightx2v.convert.planning import Plan
+from lightx2v.convert.naming import Layout
 from lightx2v.errors import CheckpointError
 from lightx2v.io.files import whole_file
 from lightx2v.models.wan.arch import WanArch
@@ -17,22 +15,16 @@ from lightx2v.models.wan.arch import WanArch
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", ".index.json")
 
 
-def write_config(plan: Plan) -> None:
-    """Write the config.json of a DiT in the layout of the output, when the source has one."""
-    if plan.options.model_type != "wan_dit":
-        return
-    if plan.config is None:
-        logger.warning("{} has no config.json beside the weights, so none was written", plan.options.source)
-        return
+def output_config(config: Path, source: Layout, output: Layout) -> dict[str, Any]:
+    """The config.json for an output, from the source's. Raises CheckpointError for one that cannot be translated."""
     try:
-        config = json.loads(plan.config.read_text("utf-8"))
+        content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(str(plan.config), f"cannot be read as JSON: {error}") from error
-    if plan.source_layout != plan.layout:
-        arch = WanArch.from_config(config, str(plan.config))
-        config = to_diffusers(arch) if plan.layout == "diffusers" else to_original(arch)
-    with whole_file(plan.options.output / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        raise CheckpointError(str(config), f"cannot be read as JSON: {error}") from error
+    if source == output and isinstance(content, dict):
+        return content
+    arch = WanArch.from_config(content, str(config))
+    return to_diffusers(arch) if output == "diffusers" else to_original(arch)
 
 
 def to_diffusers(arch: WanArch) -> dict[str, Any]:
@@ -81,16 +73,21 @@ def to_original(arch: WanArch) -> dict[str, Any]:
     }
 
 
-def copy_other_files(source: Path, output: Path) -> None:
-    """Copy what is not weights, and is not there yet, from the directory of the source. Hidden files stay behind."""
-    folder = source if source.is_dir() else source.parent
+def copy_other_files(folder: Path, output: Path) -> None:
+    """Copy what is not weights, and is not there yet, from the folder of the source. Hidden files stay behind."""
     target = output.resolve()
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
         hidden = any(part.startswith(".") for part in relative.parts)
-        inside = target == path.resolve() or target in path.resolve().parents
+        inside = target in path.resolve().parents
         if path.is_file() and not hidden and not inside and not path.name.endswith(_WEIGHTS):
             copy = output / relative
             if not copy.exists():
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a small file, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

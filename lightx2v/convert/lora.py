@@ -1,7 +1,7 @@
 """LoRA files of every common style, merged into the weights they belong to.
 
-W += strength * alpha / rank * (up @ down), in float32 (Hu et al., https://arxiv.org/abs/2106.09685). `.diff`, `.diff_b` and
-`.diff_m` are added to the weight, the bias and the modulation as they are, times the strength.
+W += strength * alpha / rank * (up @ down), in float32 (Hu et al., https://arxiv.org/abs/2106.09685). `.diff`,
+`.diff_b` and `.diff_m` are added to the weight, the bias and the modulation as they are, times the strength.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Patch:
         """Add to rows [start, stop) of the tensor, which `values` holds in float32, in place."""
         up = self.reader.rows(self.up, start, stop).to(values.device, torch.float32)
         if self.down is None:
-            values.add_(up.reshape(values.shape), alpha=self.scale)
+            values.add_(up, alpha=self.scale)
             return
         down = self.reader.rows(self.down).to(values.device, torch.float32)
         values.flatten(1).addmm_(up.flatten(1), down.flatten(1), alpha=self.scale)
@@ -118,7 +118,7 @@ def _read(
     for (target, group), parts in found.items():
         if group != "low rank":
             info = parts[group]
-            _check(where, info.name, math.prod(info.shape) == math.prod(shapes[target]), info.shape, shapes[target])
+            _check(where, info.name, info.shape == shapes[target], info.shape, shapes[target])
             yield target, Patch(reader, info.name, None, option.strength)
             continue
         up, down = _pair(where, parts, shapes[target])
@@ -169,8 +169,8 @@ def _pair(where: str, parts: Mapping[str, TensorInfo], shape: tuple[int, ...]) -
     if missing:
         raise CheckpointError(where, f"'{next(iter(parts.values())).name}' lacks its '{missing[0]}' half")
     up, down = parts["up"], parts["down"]
-    low_rank = len(up.shape) >= 2 and len(down.shape) >= 2
-    fits = low_rank and (up.shape[0], math.prod(down.shape[1:])) == (shape[0], math.prod(shape[1:]))
+    fits = min(len(up.shape), len(down.shape), len(shape)) >= 2
+    fits = fits and (up.shape[0], math.prod(down.shape[1:])) == (shape[0], math.prod(shape[1:]))
     fits = fits and math.prod(up.shape[1:]) == down.shape[0]
     _check(where, f"{up.name} and {down.name}", fits, f"{up.shape} @ {down.shape}", shape)
     return up, down

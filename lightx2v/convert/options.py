@@ -93,7 +93,10 @@ class Options:
             raise ConfigError("--bits", f"{self.bits} is not supported", allowed="8")
         if self.chunk_size < 1:
             raise ConfigError(
-                "--chunk-size", f"{self.chunk_size} tensors per file", allowed="1 or more", do="use --single_file for one"
+                "--chunk-size",
+                f"{self.chunk_size} tensors per file",
+                allowed="1 or more",
+                do="use --single_file for one",
             )
         if self.save_by_block and self.single_file:
             raise ConfigError("--save_by_block", "contradicts --single_file", do="give one of the two")

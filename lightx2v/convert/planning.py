@@ -7,9 +7,11 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightx2v import __version__
 from lightx2v.convert import naming as names
+from lightx2v.convert.configs import output_config
 from lightx2v.convert.lora import Patch, read_loras
 from lightx2v.convert.options import MODEL_TYPES, Options
 from lightx2v.convert.source import fingerprint, locate
@@ -65,10 +67,8 @@ class Plan:
 
     options: Options
     checkpoint: Checkpoint
-    config: Path | None
-    """The config.json of the source."""
-    source_layout: names.Layout
-    layout: names.Layout
+    config: dict[str, Any] | None
+    """The config.json to write."""
     shards: tuple[Shard, ...]
     dropped: tuple[str, ...]
 
@@ -115,20 +115,17 @@ def make_plan(options: Options) -> Plan:
     shards = tuple(
         Shard(file, tuple(group), metadata | _layers(group)) for file, group in _group(options, items).items()
     )
-    return Plan(options, checkpoint, config, naming.source, layout, shards, tuple(dropped))
+    described = output_config(config, naming.source, layout) if config else None
+    return Plan(options, checkpoint, described, shards, tuple(dropped))
 
 
 def _refuse_overwriting(options: Options, checkpoint: Checkpoint) -> None:
-    sources = [checkpoint.path, *checkpoint.files, options.source]
-    outputs = [options.output, options.output / f"{options.output_name}{options.output_ext}"]
-    for output in outputs:
-        if any(output.resolve() == path.resolve() for path in sources):
-            raise ConfigError("--output", f"'{output}' is the source itself", do="give another directory")
+    output = options.output.resolve()
+    if output in (options.source.resolve(), *(file.resolve().parent for file in checkpoint.files)):
+        raise ConfigError("--output", f"'{options.output}' is where the source is", do="give another directory")
 
 
-def _select(
-    options: Options, checkpoint: Checkpoint, naming: names.Naming
-) -> tuple[dict[str, TensorInfo], list[str]]:
+def _select(options: Options, checkpoint: Checkpoint, naming: names.Naming) -> tuple[dict[str, TensorInfo], list[str]]:
     """Tensors to write by original name, in natural order, and the names that are left out."""
     tensors: dict[str, TensorInfo] = {}
     dropped = []
@@ -142,7 +139,9 @@ def _select(
         if original in tensors:
             raise CheckpointError(str(info.file), f"'{name}' and '{tensors[original].name}' are both '{original}'")
         if info.dtype not in TORCH_DTYPES:
-            raise CheckpointError(str(info.file), f"'{name}' has the dtype {info.dtype}", allowed=", ".join(TORCH_DTYPES))
+            raise CheckpointError(
+                str(info.file), f"'{name}' has the dtype {info.dtype}", allowed=", ".join(TORCH_DTYPES)
+            )
         tensors[original] = info
     if not tensors:
         raise CheckpointError(str(checkpoint.path), "no tensor is left to write", do="look at --ignore-keys")

@@ -11,14 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightx2v.convert.writer import TORCH_DTYPES
 from lightx2v.errors import CheckpointError
 from lightx2v.io import pickles
 from lightx2v.io.headers import TensorInfo, read_header
 from lightx2v.io.layout import PICKLES
 from lightx2v.io.weights import Checkpoint
 from lightx2v.models.wan.layout import WanFiles, detect
-
-from lightx2v.convert.writer import TORCH_DTYPES
 
 _PARTS = {"wan_dit": "dit", "wan_t5": "text_encoder", "wan_clip": "image_encoder"}
 _SAMPLES, _SAMPLE_BYTES = 1024, 64
@@ -105,7 +104,7 @@ class RowReader:
         return result.view(shape)
 
     def _read(self, info: TensorInfo, offset: int, into: Tensor) -> None:
-        view = memoryview(into.view(torch.uint8).numpy())
+        view = into.view(torch.uint8).numpy().data
         with info.file.open("rb", buffering=0) as stream:
             stream.seek(offset)
             done = 0

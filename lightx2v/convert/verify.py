@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 
 from lightx2v.convert.planning import Plan
+from lightx2v.convert.slabs import Converter, Job, Runner, scale_rows
 from lightx2v.convert.source import RowReader
 from lightx2v.convert.writer import TORCH_DTYPES
 from lightx2v.io.weights import Checkpoint
 from lightx2v.quant.numerics import dequantize_weight
 
-if TYPE_CHECKING:
-    from lightx2v.convert.run import Converter
-
 BOUNDS = {"int8": 0.02, "fp8": 0.05}
 """Largest relative error of a layer.
 
-int8: rounding to steps of amax / 127 has an error of step / sqrt(12), which is amax / 440; 2 % of the weights' root mean
-square is reached when the largest weight of a row is 8.8 times it (4 times in a normal distribution: 0.9 %).
-fp8: 3 bits of mantissa put each weight within 1/16 of itself, and within 2.6 % of it in the mean: above 5 % it is not
-rounding.
+int8: rounding to steps of amax / 127 has an error of step / sqrt(12) = amax / 440, so a row reaches 2 % when its
+largest weight is 8.8 times its root mean square (a normal distribution: 4 times, 0.9 %).
+fp8: 3 bits of mantissa put each weight within 1/16 of itself, and about 2.6 % off in the mean: 5 % is not rounding.
 """
 
 
@@ -40,37 +36,41 @@ class LayerError:
         return self.error <= self.bound
 
 
-def verify(plan: Plan, converter: Converter) -> list[LayerError]:
-    """The error of every tensor, the worst (relative to its bound) first. What is not quantized has to be equal."""
+def verify(plan: Plan, converter: Converter, run: Runner, report: Callable[[int], object]) -> list[LayerError]:
+    """The error of every tensor, the worst first. What is not quantized has to be equal.
+
+    `report` is told the bytes of each step.
+    """
     written = RowReader(Checkpoint.open(plan.result))
+    sums: dict[str, tuple[float, float]] = {}
+
+    def compare(job: Job) -> tuple[Job, float, float]:
+        return (job, *_compare(job, converter, written))
+
+    for job, difference, norm in run(compare, converter.jobs(plan.items)):
+        name = job.item.weight.name
+        before = sums.get(name, (0.0, 0.0))
+        sums[name] = before[0] + difference, before[1] + norm
+        report((job.stop - job.start) * job.item.weight.row_bytes)
     errors = []
     for item in plan.items:
-        difference = norm = 0.0
-        for job in converter.jobs([item]):
-            source = converter.values(job)
-            got = written.rows(item.weight.name, job.start, job.stop).to(source.device)
-            if item.spec and item.scale:
-                first, last = _scale_rows(item.spec.size, job.start, job.stop)
-                scale = written.rows(item.scale.name, first, last).to(source.device)
-                got = dequantize_weight(got, scale, item.spec)
-            else:
-                source = source.to(TORCH_DTYPES[item.weight.dtype])
-            difference += _square(got.double() - source.double())
-            norm += _square(source.double())
+        difference, norm = sums.get(item.weight.name, (0.0, 0.0))
         bound = BOUNDS[item.spec.dtype] if item.spec else 0.0
-        errors.append(LayerError(item.weight.name, (difference / norm) ** 0.5 if norm else difference**0.5, bound))
-    return _worst_first(errors)
+        errors.append(LayerError(item.weight.name, (difference / (norm or 1.0)) ** 0.5, bound))
+    return sorted(errors, key=lambda error: (error.good, -error.error))
+
+
+def _compare(job: Job, converter: Converter, written: RowReader) -> tuple[float, float]:
+    """Sums of squares of the difference and of the source."""
+    item, source = job.item, converter.values(job)
+    got = written.rows(item.weight.name, job.start, job.stop).to(source.device)
+    if item.spec and item.scale:
+        scale = written.rows(item.scale.name, *scale_rows(item.spec, job.start, job.stop)).to(source.device)
+        got = dequantize_weight(got, scale, item.spec)
+    else:
+        source = source.to(TORCH_DTYPES[item.weight.dtype])
+    return _square(got.double() - source.double()), _square(source.double())
 
 
 def _square(values: torch.Tensor) -> float:
     return float(values.square().sum())
-
-
-def _scale_rows(size: int, start: int, stop: int) -> tuple[int, int]:
-    """Rows of the scales of rows [start, stop) of a weight; `size` is 0 for one scale per row."""
-    return (start, stop) if size == 0 else (start // size, -(-stop // size))
-
-
-def _worst_first(errors: Iterable[LayerError]) -> list[LayerError]:
-    """Quantized layers by their error, after any tensor that should have been equal and is not."""
-    return sorted(errors, key=lambda error: (error.good, -error.error))

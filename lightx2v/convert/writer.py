@@ -89,7 +89,7 @@ class _Safetensors:
     def write(self, name: str, rows: Tensor, first_row: int = 0) -> None:
         slot = self._slots[name]
         _check(slot, rows)
-        view = memoryview(rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        view = rows.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
         with self._lock:
             self._stream.seek(self._data + self._begin[name] + first_row * slot.row_bytes)
             written = 0

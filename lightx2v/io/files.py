@@ -35,6 +35,7 @@ def whole_file(
         os.chmod(temporary, mode)  # a writer that renames into place may have made its file private
         _replace(temporary, path)
     except Exception as failure:
+        _remove(temporary)  # so that the free space told is what a next attempt will find
         readable = _readable(failure, path, needed, error)
         if readable is None:
             raise
@@ -70,14 +71,11 @@ def _readable(failure: Exception, path: Path, needed: int | None, error: type[Li
     number = failure.errno if isinstance(failure, OSError) else None
     if number in _FULL or _FULL_TEXT in str(failure):
         need = f"{needed:,} bytes are needed, " if needed is not None else ""
+        existing = next(parent for parent in path.absolute().parents if parent.exists())
+        free = shutil.disk_usage(existing).free
         return ResourceError(
-            str(path), f"the disk is full: {need}{_free(path):,} are free", do="free some space or write elsewhere"
+            str(path), f"the disk is full: {need}{free:,} bytes are free", do="free some space or write elsewhere"
         )
     if isinstance(failure, OSError):
         return error(str(path), f"cannot be written: {failure.strerror or failure}")
     return None
-
-
-def _free(path: Path) -> int:
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
-    return shutil.disk_usage(existing).free

@@ -113,6 +113,8 @@ def _is_folder(path: str) -> bool:
 
 
 def _check(path: str) -> None:
+    if "\0" in path:
+        raise ValueError("it has a null character")
     target = Path(path)
     ending = target.suffix.lower()
     if _is_folder(path):

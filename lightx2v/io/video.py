@@ -39,9 +39,10 @@ def write_mp4(frames: NDArray[np.uint8], path: Path, fps: int, comment: str) -> 
         codec.color_range = _LIMITED_RANGE
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")
-            container.mux(
-                stream.encode(picture.reformat(format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE))
+            planes = picture.reformat(
+                format="yuv420p", dst_colorspace=_BT709, dst_color_range=_LIMITED_RANGE, interpolation="AREA"
             )
+            container.mux(stream.encode(planes))
         container.mux(stream.encode())
 
 

@@ -163,7 +163,7 @@ def test_every_wrong_value_is_told_with_its_source(write: WriteJson) -> None:
     with pytest.raises(ConfigError) as caught:
         load_config(path, {"seed": "x"}, ["text_len=0"])
     told = str(caught.value)
-    assert f"{path}: sampling.steps" in told and "command line: seed" in told and "--set: text_len" in told
+    assert f"{path}: sampling.steps" in told and "arguments: seed" in told and "--set: text_len" in told
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import importlib.machinery
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from lightx2v.errors import ConfigError
 from lightx2v.platform import DeviceInfo, install_hint, list_devices, peak_memory, probe, select_device
 
 GPU = DeviceInfo("cuda", 0, "H", (9, 0), 80, 10)
-GPU_FREE = DeviceInfo("cuda", 1, "H", (9, 0), 80, 70)
+OTHER_GPU = DeviceInfo("cuda", 1, "H", (9, 0), 80, 70)
 
 
 def test_cpu_is_always_there_with_plausible_memory() -> None:
@@ -23,15 +24,36 @@ def test_cpu_is_always_there_with_plausible_memory() -> None:
 
 
 def test_selection(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = select_device("cpu")
-    monkeypatch.setattr(platform, "_accelerators", lambda: iter([GPU, GPU_FREE]))
-    assert select_device() == GPU_FREE
-    assert select_device("cuda") == GPU
-    assert select_device("cuda:1") == GPU_FREE
-    assert select_device("cpu").kind == cpu.kind
+    monkeypatch.setattr(platform, "_accelerators", lambda: iter([GPU, OTHER_GPU]))
+    assert select_device() == select_device("cuda") == GPU
+    assert select_device("cuda:1") == OTHER_GPU
+    assert select_device("cpu").kind == select_device("cpu:0").kind == "cpu"
     with pytest.raises(ConfigError, match=r"no 'cuda:2'") as caught:
         select_device("cuda:2")
     assert "cuda:0 (H)" in str(caught.value) and "cpu" in str(caught.value)
+
+
+def test_selection_touches_no_device_beyond_the_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def accelerators() -> Iterator[DeviceInfo]:
+        yield GPU
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(platform, "_accelerators", accelerators)
+    assert select_device("auto") == select_device("cuda:0") == GPU
+    assert select_device("cpu").kind == "cpu"
+
+
+@pytest.mark.parametrize(("hip", "kind", "capability"), [(None, "cuda", (9, 0)), ("6.4", "rocm", None)])
+def test_accelerators_are_read_from_torch(
+    monkeypatch: pytest.MonkeyPatch, hip: str | None, kind: str, capability: tuple[int, int] | None
+) -> None:
+    import torch
+
+    answers = {"is_available": True, "device_count": 2, "mem_get_info": (10, 80)}
+    for name, answer in (answers | {"get_device_capability": (9, 0), "get_device_name": "H"}).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert list_devices()[:-1] == [DeviceInfo(kind, index, "H", capability, 80, 10) for index in range(2)]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("cuda", "cuda:1"), ("rocm", "cuda:1"), ("xpu", "xpu:1"), ("mps", "mps")])

@@ -33,7 +33,9 @@ def sample() -> dict[str, torch.Tensor]:
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and a.flatten().view(torch.uint8).equal(b.flatten().view(torch.uint8))
+    return (
+        a.dtype == b.dtype and a.shape == b.shape and a.flatten().view(torch.uint8).equal(b.flatten().view(torch.uint8))
+    )
 
 
 def raw(header: Any, data: bytes = b"", length: int | None = None) -> bytes:
@@ -124,7 +126,10 @@ HOSTILE = {
     "boolean shape": (raw({"a": entry(0, 1, [True])}, b"x"), "invalid shape"),
     "negative offset": (raw({"a": entry(-1, 0, [1])}, b"x"), "invalid data_offsets"),
     "offsets reversed": (raw({"a": entry(2, 1, [1])}, b"xx"), "invalid data_offsets"),
-    "three offsets": (raw({"a": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"x"), "invalid data_offsets"),
+    "three offsets": (
+        raw({"a": {"dtype": "I8", "shape": [1], "data_offsets": [0, 1, 2]}}, b"x"),
+        "invalid data_offsets",
+    ),
     "size does not fit": (raw({"a": entry(0, 3, [2])}, b"xxx"), "does not fit its 3 bytes"),
     "overlap": (raw({"a": entry(0, 4, [4]), "b": entry(2, 6, [4])}, b"x" * 6), "'b' begins at byte 2, where 4"),
     "hole": (raw({"a": entry(0, 4, [4]), "b": entry(5, 6, [1])}, b"x" * 6), "'b' begins at byte 5, where 4"),
@@ -319,7 +324,7 @@ def test_failed_write_changes_nothing(
     with pytest.raises(raised) as caught:
         write_safetensors(path, {"a": torch.ones(10)}, {})
     if raised is ResourceError:
-        assert re.search(r"disk is full: 40 bytes are needed, [\d,]+ are free", str(caught.value))
+        assert re.search(r"disk is full: 40 bytes are needed, [\d,]+ bytes are free", str(caught.value))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([b"old"] if existing else [])
 
 

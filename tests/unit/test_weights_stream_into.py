@@ -96,7 +96,10 @@ def test_never_keeps_the_memory_of_the_file(tmp_path: Path) -> None:
 def test_modules_that_load_themselves() -> None:
     model = nn.Sequential(SelfLoading(), nn.Linear(2, 2, bias=False, device="meta"))
     scale = torch.ones(2, 1)
-    fill(model, [("0.weight", torch.zeros(2, 2, dtype=torch.int8)), ("0.weight_scale", scale), ("1.weight", scale @ scale.T)])
+    fill(
+        model,
+        [("0.weight", torch.zeros(2, 2, dtype=torch.int8)), ("0.weight_scale", scale), ("1.weight", scale @ scale.T)],
+    )
     assert model[0].got.keys() == {"weight", "weight_scale"}
     assert model[0].got["weight"].dtype == torch.int8
     assert model[0].finished == 1

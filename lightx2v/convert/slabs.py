@@ -1,0 +1,100 @@
+"""The arithmetic of a conversion, on a slab of rows of one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightx2v.convert.planning import Item, Plan
+from lightx2v.convert.source import RowReader
+from lightx2v.convert.writer import TORCH_DTYPES
+from lightx2v.errors import CheckpointError
+from lightx2v.platform import DeviceInfo
+from lightx2v.quant.numerics import quantize_weight
+from lightx2v.quant.spec import QSpec
+
+SLAB_ELEMENTS = {"cpu": 1 << 19, "accelerator": 1 << 24}
+"""Elements of a tensor that are converted at a time; few on a CPU, so that they stay in its caches."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows [start, stop) of one tensor."""
+
+    item: Item
+    start: int
+    stop: int
+
+
+class Runner(Protocol):
+    """Runs a function on jobs, several at once, and yields what it returns in their order."""
+
+    def __call__(self, job: Callable[[Job], T], jobs: Iterable[Job], /) -> Iterator[T]: ...
+
+
+def scale_rows(spec: QSpec, start: int, stop: int) -> tuple[int, int]:
+    """The rows of the scales that belong to rows [start, stop) of a weight."""
+    return (start // spec.size, -(-stop // spec.size)) if spec.granularity == "block" else (start, stop)
+
+
+class Converter:
+    """Source rows, plus LoRA, in float32, as codes and scales or in the dtype of the output."""
+
+    def __init__(self, plan: Plan, device: DeviceInfo) -> None:
+        self.reader, self.device = RowReader(plan.checkpoint), device
+        self.slab = SLAB_ELEMENTS["cpu" if device.kind == "cpu" else "accelerator"]
+
+    def jobs(self, items: Iterable[Item]) -> Iterator[Job]:
+        """All rows of all tensors, in slabs."""
+        for item in items:
+            shape = item.source.shape
+            rows = shape[0] if shape else 1
+            width = max(1, item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize // max(1, rows))
+            unit = item.spec.size if item.spec and item.spec.granularity == "block" else 1  # blocks are not split
+            step = max(1, self.slab // width // unit) * unit
+            for start in range(0, rows, step):
+                yield Job(item, start, min(rows, start + step))
+
+    def values(self, job: Job) -> Tensor:
+        """The rows as they are to be stored or quantized: float32 where something is added or quantized."""
+        item = job.item
+        rows = self.reader.rows(item.source.name, job.start, job.stop).to(self.device.torch_name)
+        if item.spec or item.patches:
+            rows = rows.to(torch.float32, copy=True) if item.patches else rows.float()
+            for patch in item.patches:
+                patch.add(rows, job.start, job.stop)
+        return rows
+
+    def convert(self, job: Job) -> tuple[Tensor, Tensor | None]:
+        """(weight, scale). Raises CheckpointError, which names the tensor, for a value that is not finite."""
+        item, values = job.item, self.values(job)
+        if item.spec:
+            codes, scale = quantize_weight(values, item.spec)
+            _check_finite(item, scale, values)
+            return codes.cpu(), scale.cpu()
+        weight = values.to(TORCH_DTYPES[item.weight.dtype])
+        if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
+            _check_finite(item, weight, values)
+        return weight.cpu(), None
+
+
+def _check_finite(item: Item, result: Tensor, values: Tensor) -> None:
+    if bool(torch.isfinite(result).all()):
+        return
+    where, name = str(item.source.file), item.source.name
+    if bool(torch.isfinite(values).all()):
+        largest = float(values.abs().max())
+        raise CheckpointError(
+            where,
+            f"tensor '{name}' has a value of {largest:.3g}, which {item.weight.dtype} cannot hold",
+            do="use --non_linear_dtype torch.float32 or torch.bfloat16",
+        )
+    what = "after the LoRA " if item.patches else ""
+    raise CheckpointError(
+        where, f"tensor '{name}' has NaN or infinite values {what}".rstrip(), do="mend the checkpoint"
+    )

@@ -1,0 +1,84 @@
+"""What this machine has: devices, versions, kernel and attention libraries."""
+
+from __future__ import annotations
+
+import platform as python_platform
+import re
+import subprocess
+import sys
+from dataclasses import asdict
+from typing import Any
+
+from lightx2v.platform import install_hint, list_devices, probe
+
+PACKAGES = ("torch", "transformers", "diffusers")
+KERNELS = ("vllm", "sgl_kernel", "q8_kernels", "deep_gemm", "torchao", "triton")
+ATTENTION = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
+_TITLES = {"q8_kernels": "q8_kernels (Q8F)", "flash_attn_interface": "flash_attn_interface (FA3)"}
+_IMPORT_SECONDS = 120
+
+
+def examine() -> dict[str, Any]:
+    """Everything as plain data. An entry has `version`, or `reason` and the command that would `install` it."""
+    from lightx2v import __version__
+
+    torch = _package("torch")
+    return {
+        "lightx2v": __version__,
+        "python": python_platform.python_version(),
+        "devices": [{"torch_name": device.torch_name, **asdict(device)} for device in list_devices()],
+        "packages": {"torch": torch} | {name: _package(name) for name in PACKAGES[1:]},
+        "kernels": {name: _library(name) for name in KERNELS} | {"onednn": _onednn(torch)},
+        "attention": {"torch_sdpa": torch} | {name: _library(name) for name in ATTENTION},
+    }
+
+
+def _entry(module: str, version: str | None, reason: str | None) -> dict[str, str | None]:
+    return {"version": version, "reason": reason, "install": None if reason is None else install_hint(module)}
+
+
+def _package(module: str) -> dict[str, str | None]:
+    found = probe(module)
+    return _entry(module, found.version, found.reason)
+
+
+def _library(module: str) -> dict[str, str | None]:
+    """Like `_package`, and imports it in another process: a kernel library built for another torch may even crash."""
+    found = probe(module)
+    if found.version is None:
+        return _entry(module, None, found.reason)
+    command = [sys.executable, "-c", f"import {module}"]
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return _entry(module, None, f"{found.version} is installed, but its import takes over {_IMPORT_SECONDS} s")
+    if run.returncode != 0:
+        said = (run.stderr.strip().splitlines() or [f"exit code {run.returncode}"])[-1]
+        return _entry(module, None, f"{found.version} is installed, but its import fails: {said}")
+    return _entry(module, found.version, None)
+
+
+def _onednn(torch_entry: dict[str, str | None]) -> dict[str, str | None]:
+    """oneDNN comes inside torch, which knows its version only in the text of its build configuration."""
+    if torch_entry["version"] is None:
+        return torch_entry
+    import torch
+
+    version = re.search(r"MKL-DNN\)? v(\S+)", torch.__config__.show())
+    return _entry("torch", version[1] if version else None, None if version else "this torch is built without it")
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report as text."""
+    lines = [f"lightx2v {report['lightx2v']}, python {report['python']}", "", "devices"]
+    for device in report["devices"]:
+        capability = ".".join(map(str, device["capability"] or ()))
+        title = device["name"] + (f", compute capability {capability}" if capability else "")
+        free, total = device["free_memory"] / 2**30, device["total_memory"] / 2**30
+        lines.append(f"  {device['torch_name']:<26} {title}, {free:.1f} of {total:.1f} GiB free")
+    for group, heading in (("packages", "packages"), ("kernels", "kernel libraries"), ("attention", "attention")):
+        lines += ["", heading]
+        for name, entry in report[group].items():
+            there = entry["version"] or f"{entry['reason']}; {entry['install']}"
+            lines.append(f"  {_TITLES.get(name, name):<26} {there}")
+    return "\n".join(lines)
