@@ -9,8 +9,7 @@ from dataclasses import dataclass, field
 
 from lightx2v import platform
 from lightx2v.platform import DeviceInfo
-
-GIB = 1024**3
+from lightx2v.units import human_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,5 +44,5 @@ class StageTimer:
         peak = max((stage.peak_bytes for stage in self.stages), default=0)
         memory = "peak RSS" if self.device.kind == "cpu" else "peak memory"
         rows = [f"{'stage':<22}{'seconds':>9}{memory:>14}"]
-        rows += [f"{s.name:<22}{s.seconds:>9.2f}{s.peak_bytes / GIB:>10.2f} GiB" for s in self.stages]
-        return "\n".join([*rows, f"{'total':<22}{total:>9.2f}{peak / GIB:>10.2f} GiB"])
+        rows += [f"{s.name:<22}{s.seconds:>9.2f}{human_bytes(s.peak_bytes):>14}" for s in self.stages]
+        return "\n".join([*rows, f"{'total':<22}{total:>9.2f}{human_bytes(peak):>14}"])

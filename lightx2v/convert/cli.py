@@ -158,7 +158,10 @@ def _spread(flag: str, values: list[float], count: int, default: Any) -> list[An
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "lightx2v convert") -> int:
-    """Run the converter. Returns 0, 2 for what the user can mend, or 1 for a failure, --verify's included."""
+    """Run the converter.
+
+    Returns 0, 2 for what the user can mend, 1 for a failure (--verify's included), or 130 when interrupted.
+    """
     arguments = parse(argv, prog)
     try:
         options = options_from(arguments)
@@ -170,6 +173,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "lightx2v convert") -> i
             raise
         print(f"{prog}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; the same command goes on with the file it was at", file=sys.stderr)
+        return 130
     print(report.to_json() if arguments.json else _summary(report))
     if report.verified is False:
         print(f"{prog}: {_failure(report)}", file=sys.stderr)

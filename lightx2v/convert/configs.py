@@ -60,7 +60,7 @@ def to_original(arch: WanArch) -> dict[str, Any]:
         "eps": arch.eps,
         "ffn_dim": arch.ffn_dim,
         "freq_dim": arch.freq_dim,
-        "image_dim": arch.image_dim,
+        **({"image_dim": arch.image_dim} if arch.model_type == "i2v" else {}),
         "in_dim": arch.in_dim,
         "model_type": arch.model_type,
         "num_heads": arch.num_heads,

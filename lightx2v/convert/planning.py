@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightx2v import __version__
 from lightx2v.convert import naming as names
 from lightx2v.convert.configs import output_config
 from lightx2v.convert.lora import Patch, read_loras
-from lightx2v.convert.options import MODEL_TYPES, Options
+from lightx2v.convert.options import MODEL_TYPES, LayerRule, Options
 from lightx2v.convert.source import fingerprint, locate
 from lightx2v.convert.writer import TORCH_DTYPES, Slot
 from lightx2v.errors import CheckpointError, ConfigError, suggestion
@@ -153,30 +153,29 @@ def _natural(name: str) -> list[tuple[int, str]]:
 
 
 def _check_rule(options: Options, tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Refuse target keys that match nothing, and a source in which there is nothing to quantize."""
+    """Refuse target keys that no layer has: typing errors, and checkpoints of another model."""
     if options.spec is None:
         return
     rule = options.rule
     _check_keys("--ignore-quant-keys", options.ignore_quant_keys, tensors)
-    components = {rule.component(name) for name in tensors}
-    for key in options.target_keys:
-        if key not in components:
-            there = sorted(component for component in components if component and not component.isdigit())
-            raise ConfigError(
-                "--target-keys",
-                f"no tensor has '{key}' as component {rule.key_idx} of its name{suggestion(key, there)}",
-                allowed=", ".join(there[:20]),
-            )
-    if not any(rule.quantizes(name, info.shape) for name, info in tensors.items()):
-        others = [
-            kind for kind, other in MODEL_TYPES.items() if any(other.quantizes(n, i.shape) for n, i in tensors.items())
-        ]
-        raise CheckpointError(
-            where,
-            f"has no layer that {options.model_type} quantizes: component {rule.key_idx} of a name is one of "
-            f"{', '.join(rule.target_keys)}",
-            do=f"use --model_type {others[0]}" if others else "check --model_type, --key-idx and --target-keys",
-        )
+    if not _targets(rule, tensors) and _targets(replace(rule, ignore_quant_keys=()), tensors):
+        raise ConfigError("--ignore-quant-keys", "leaves no layer to quantize", do="leave out --quantized")
+    found = _targets(replace(rule, ignore_quant_keys=()), tensors)
+    missing = [key for key in rule.target_keys if key not in found]
+    if not missing:
+        return
+    what = f"no 2-D weight has '{missing[0]}' as component {rule.key_idx} of its name"
+    if options.target_keys or options.key_idx is not None:
+        there = sorted({part for name in tensors if (part := rule.component(name)) and not part.isdigit()})
+        raise ConfigError("--target-keys", what + suggestion(missing[0], there), allowed=", ".join(there[:20]))
+    others = [name for name, other in MODEL_TYPES.items() if {*other.target_keys} <= _targets(other, tensors)]
+    do = f"use --model_type {others[0]}" if others else "give a whole model, or name its layers with --target-keys"
+    raise CheckpointError(where, f"is not a {options.model_type}: {what}", do=do)
+
+
+def _targets(rule: LayerRule, tensors: Mapping[str, TensorInfo]) -> set[str]:
+    """The target keys that some layer has."""
+    return {rule.component(name) for name, info in tensors.items() if rule.quantizes(name, info.shape)}
 
 
 def _check_keys(flag: str, keys: Iterable[str], originals: Iterable[str]) -> None:

@@ -33,7 +33,7 @@ class GatedFeedForward(nn.Module):
     The layer of transformers casts its input to the dtype of `wo.weight`, which would turn activations into fp8 codes.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         self.wi_0, self.wi_1, self.wo, self.act = layer.wi_0, layer.wi_1, layer.wo, layer.act
 
@@ -161,7 +161,7 @@ def _config_from_shapes(checkpoint: Checkpoint) -> UMT5Config:
 def _routes(checkpoint: Checkpoint, original: bool) -> dict[str, tuple[str, ...]]:
     if original:
         return {name: T5.to_module(name) or (name,) for name in checkpoint.tensors}
-    routes = {name: (t5_from_diffusers(name),) for name in checkpoint.tensors}
+    routes: dict[str, tuple[str, ...]] = {name: (t5_from_diffusers(name),) for name in checkpoint.tensors}
     if "shared.weight" in routes and "encoder.embed_tokens.weight" in routes:
         routes["encoder.embed_tokens.weight"] = ()  # the same tensor twice
     return routes

@@ -18,7 +18,14 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _BACKGROUNDS = {"black": 0.0, "gray": 128.0, "white": 255.0}
-_HUES = {"red": (0.0, 360.0), "orange": (32.0,), "yellow": (57.0,), "green": (120.0,), "blue": (230.0,), "purple": (288.0,)}
+_HUES = {
+    "red": (0.0, 360.0),
+    "orange": (32.0,),
+    "yellow": (57.0,),
+    "green": (120.0,),
+    "blue": (230.0,),
+    "purple": (288.0,),
+}
 
 MIN_CONTRAST = 40.0
 """Distance in RGB (0..441) that an object must have from its background to count as one."""
@@ -88,7 +95,7 @@ def _box3(images: Floats) -> Floats:
         width = [(1, 1) if a == axis else (0, 0) for a in range(images.ndim)]
         padded = np.pad(images, width, mode="edge")
         size = images.shape[axis]
-        images = sum(np.take(padded, range(k, k + size), axis=axis) for k in range(3)) / 3
+        images = np.stack([np.take(padded, range(k, k + size), axis=axis) for k in range(3)]).mean(0)
     return images
 
 
@@ -133,12 +140,12 @@ def _largest_pieces(masks: Mask) -> Mask:
     frames = np.arange(len(masks))
     while left.any():
         flat = left.reshape(len(masks), -1)
-        piece = np.zeros_like(flat)
-        piece[frames, flat.argmax(1)] = flat.any(1)
-        piece = piece.reshape(masks.shape)
+        seed = np.zeros_like(flat)
+        seed[frames, flat.argmax(1)] = flat.any(1)
+        piece = seed.reshape(masks.shape)
         while True:
             grown = _dilate(piece) & left
-            if (grown == piece).all():
+            if np.array_equal(grown, piece):
                 break
             piece = grown
         larger = piece.sum((1, 2)) > best.sum((1, 2))

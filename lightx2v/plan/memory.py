@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lightx2v.errors import UserError
 from lightx2v.platform import DeviceInfo
+from lightx2v.units import human_bytes
 
 GIB = 1024**3
 
@@ -63,6 +64,6 @@ def check_fits(estimate: MemoryEstimate, device: DeviceInfo, limit_gb: float | N
     limit = "max_memory_gb" if limit_gb is not None else f"free on {device.name}"
     raise UserError(
         "memory",
-        f"the plan needs about {estimate.peak / GIB:.1f} GiB at its peak ({stage}), and {available / GIB:.1f} GiB are {limit}",
+        f"the plan needs about {human_bytes(estimate.peak)} at its peak ({stage}), and {human_bytes(available)} are {limit}",
         do="set unload_modules, a quantized mm_type, a smaller video or fewer frames (lightx2v explain shows each stage)",
     )

@@ -7,12 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightx2v.platform import DeviceInfo
-
-GIB = 1024**3
+from lightx2v.units import human_bytes
 
 
 def _component(name: str, part: Mapping[str, Any]) -> list[str]:
-    lines = [f"{name:<10} {part['checkpoint']}  ({part['weight_bytes'] / GIB:.2f} GiB on the device)"]
+    lines = [f"{name:<10} {part['checkpoint']}  ({human_bytes(part['weight_bytes'])} on the device)"]
     counts = Counter((layer["mm_type"], layer["library"], layer["reason"]) for layer in part["layers"])
     for (mm_type, library, reason), count in counts.most_common():
         lines.append(f"{'':<10}   {count:>4} linears  {mm_type}  on {library}: {reason}")
@@ -28,7 +27,7 @@ def render(plan: Mapping[str, Any], device: DeviceInfo) -> str:
     guidance = f"guidance {request['guidance']:g}" if request["cfg"] else "no guidance (one pass a step)"
     lines = [
         f"{'model':<10} {plan['model_cls']} {plan['task']}, {plan['layout']} layout, {plan['model_path']}",
-        f"{'device':<10} {device.torch_name} ({device.name}), {plan['dtype']}, {device.free_memory / GIB:.1f} GiB free",
+        f"{'device':<10} {device.torch_name} ({device.name}), {plan['dtype']}, {human_bytes(device.free_memory)} free",
         f"{'video':<10} {request['width']}x{request['height']}, {request['frames']} frames at {request['fps']} fps",
         f"{'sampling':<10} {request['solver']}, {request['steps']} steps, shift {request['shift']:g}, {guidance}, seed {request['seed']}",
         f"{'attention':<10} {plan['attention']['backend']}: {plan['attention']['reason']}",
@@ -38,6 +37,6 @@ def render(plan: Mapping[str, Any], device: DeviceInfo) -> str:
     on = [name for name, value in plan["features"].items() if value]
     lines.append(f"{'features':<10} {', '.join(on) or 'none'}")
     peak = memory.pop("peak")
-    stages = ", ".join(f"{stage} {size / GIB:.2f}" for stage, size in memory.items())
-    lines.append(f"{'memory':<10} about {peak / GIB:.2f} GiB at the peak ({stages})")
+    stages = ", ".join(f"{stage} {human_bytes(size)}" for stage, size in memory.items())
+    lines.append(f"{'memory':<10} about {human_bytes(peak)} at the peak ({stages})")
     return "\n".join(lines)

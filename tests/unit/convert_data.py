@@ -13,8 +13,8 @@ from lightx2v.convert.cli import main
 from lightx2v.models.wan.keymap import to_diffusers
 
 CONFIG = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 2, "model_type": "t2v", "text_dim": 16, "in_dim": 4}
-CONFIG |= {"out_dim": 4, "freq_dim": 8, "text_len": 8, "eps": 1e-6, "_class_name": "WanModel"}
-LAYERS = tuple(f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo") + ("ffn.0", "ffn.2")
+CONFIG |= {"out_dim": 4, "freq_dim": 8, "text_len": 512, "eps": 1e-6, "_class_name": "WanModel"}
+LAYERS = (*(f"{part}.{name}" for part in ("self_attn", "cross_attn") for name in "qkvo"), "ffn.0", "ffn.2")
 
 
 def wan(dim: int = 24, ffn: int = 40, blocks: int = 2, dtype: torch.dtype = torch.bfloat16) -> dict[str, Tensor]:

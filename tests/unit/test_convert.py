@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lightx2v.convert import run as convert_run
 from lightx2v.convert.cli import main
 from lightx2v.convert.options import LINEAR_TYPES
 from lightx2v.convert.slabs import SLAB_ELEMENTS
+from lightx2v.convert.writer import open_output
 from lightx2v.errors import CheckpointError
 from lightx2v.io.weights import Checkpoint
 from lightx2v.quant.numerics import quantize_weight
@@ -102,7 +102,8 @@ def test_both_directions_are_inverse(source: Path, tmp_path: Path) -> None:
     assert run(there, back, "-d", "backward", "-b") == 0
     result = read(back)
     assert all(torch.equal(result.pop(name), tensor) for name, tensor in wan().items()) and not result
-    assert CONFIG.items() <= json.loads((back / "config.json").read_text()).items()
+    described = json.loads((back / "config.json").read_text())
+    assert {key: described[key] for key in CONFIG} == CONFIG
 
 
 @pytest.mark.parametrize("ending", [".pth", ".safetensors"])
@@ -111,7 +112,15 @@ def test_text_encoder(tmp_path: Path, ending: str) -> None:
     tensors |= {"blocks.0.attn.q.weight": torch.randn(16, 16), "blocks.0.ffn.gate.0.weight": torch.randn(32, 16)}
     tensors |= {"blocks.0.pos_embedding.embedding.weight": torch.randn(32, 4)}
     torch.save({name: tensor.bfloat16() for name, tensor in tensors.items()}, tmp_path / "models_t5.pth")
-    flags = ("-t", "wan_t5", "--linear_dtype", "torch.float8_e4m3fn", "--non_linear_dtype", "torch.bfloat16", "--quantized")
+    flags = (
+        "-t",
+        "wan_t5",
+        "--linear_dtype",
+        "torch.float8_e4m3fn",
+        "--non_linear_dtype",
+        "torch.bfloat16",
+        "--quantized",
+    )
     names = ("-o_e", ending, "-o_n", "models_t5-fp8", "--single_file", "--verify")
     assert run(tmp_path / "models_t5.pth", tmp_path / "fp8", *flags, *names) == 0
     result = dict(Checkpoint.open(tmp_path / "fp8" / f"models_t5-fp8{ending}").stream())
@@ -135,7 +144,7 @@ def test_image_encoder_loses_its_text_half(tmp_path: Path) -> None:
 def test_an_interrupted_run_is_taken_up_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     opened: list[str] = []
-    original = convert_run.open_output
+    original = open_output
 
     def failing(path: Path, *rest: object) -> object:
         opened.append(path.name)
@@ -143,15 +152,14 @@ def test_an_interrupted_run_is_taken_up_again(source: Path, tmp_path: Path, monk
             raise KeyboardInterrupt
         return original(path, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(convert_run, "open_output", failing)
-    with pytest.raises(KeyboardInterrupt):
-        run(source, out, *INT8, "--save_by_block")
+    monkeypatch.setattr("lightx2v.convert.run.open_output", failing)
+    assert run(source, out, *INT8, "--save_by_block") == 130
     assert not [path for path in out.iterdir() if not path.name.startswith(".")]  # nothing that looks whole
     assert run(source, out, *INT8, "--save_by_block") == 0
     assert opened == ["block_0.safetensors", "block_1.safetensors", "non_block.safetensors", "non_block.safetensors"]
     assert run(source, out, *INT8, "--save_by_block") == 0 and len(opened) == 4  # all is there already
     assert not [path for path in out.iterdir() if path.name.startswith(".")]
-    monkeypatch.setattr(convert_run, "open_output", original)
+    monkeypatch.setattr("lightx2v.convert.run.open_output", original)
     run(source, whole, *INT8, "--save_by_block")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == {p.name: p.read_bytes() for p in whole.iterdir()}
 
@@ -191,6 +199,7 @@ def test_finished_files_of_another_conversion_are_redone(
         ((*INT8, "--target-keys", "self_atn"), 2, "did you mean 'self_attn'?"),
         ((*INT8, "--ignore-quant-keys", "cros_attn"), 2, "did you mean 'cross_attn'?"),
         (("--ignore-keys", "hed"), 2, "did you mean 'head'?"),
+        ((*INT8, "--ignore-quant-keys", "blocks"), 2, "leaves no layer to quantize"),
         ((*INT8, "-t", "wan_t5"), 2, "use --model_type wan_dit"),
         (("--lora_strength", "1"), 2, "1 values for 0 LoRAs"),
         (("--device", "abacus"), 2, "there is no 'abacus' here"),
@@ -233,10 +242,10 @@ def test_values_that_are_not_finite(
 
 def test_values_that_the_dtype_cannot_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = wan()
-    tensors["head.modulation"][0, 0, 0] = 1e6
+    tensors["head.modulation"][0, 0, 0] = 2**20
     source = write_wan(tmp_path / "model", tensors)
     assert run(source, tmp_path / "out", *INT8, "--non_linear_dtype", "torch.float16") == 2
-    assert "'head.modulation' has a value of 1e+06, which F16 cannot hold" in capsys.readouterr().err
+    assert "'head.modulation' has a value of 1.05e+06, which F16 cannot hold" in capsys.readouterr().err
 
 
 def test_a_quantized_source_is_refused_but_can_be_split_anew(source: Path, tmp_path: Path) -> None:
@@ -263,9 +272,7 @@ def test_layer_rules_can_be_changed(source: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "most"), [("int8", 0.02), ("fp8", 0.05), ("fp8-b128", 0.05)])
-def test_verify(
-    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, most: float
-) -> None:
+def test_verify(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str, most: float) -> None:
     out, flags = tmp_path / "out", ("--quantized", "--linear_type", scheme, "--verify", "--json", "-b")
     assert run(source, out, *flags) == 0
     report = json.loads(capsys.readouterr().out)
@@ -273,11 +280,11 @@ def test_verify(
     assert most / 20 < report["worst"][0]["error"] < most
     file = out / "block_1.safetensors"
     damaged = bytearray(file.read_bytes())
-    damaged[-600] ^= 0x7E  # a code of the last tensors, which are the narrow ones
+    damaged[-500:-300] = bytes(200)  # codes of the last tensor
     file.write_bytes(damaged)
     assert run(source, out, *flags) == 1
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["verified"] is False and "blocks.1." in printed.err
+    assert json.loads(printed.out)["verified"] is False and "blocks.1.self_attn.v.weight" in printed.err
 
 
 def test_verify_finds_a_changed_tensor_that_is_not_quantized(source: Path, tmp_path: Path) -> None:
@@ -332,7 +339,7 @@ def test_a_model_directory_of_diffusers(tmp_path: Path) -> None:
 def test_a_full_disk_is_known_beforehand(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(convert_run.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 10}))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10}))
     assert run(source, tmp_path / "out", *INT8) == 1
     assert "10 are free" in capsys.readouterr().err
 
@@ -358,14 +365,24 @@ print(peak_memory(cpu) - before)
 
 @pytest.mark.parametrize("ending", [".safetensors", ".pth"])
 def test_memory_does_not_grow_with_the_checkpoint(source: Path, tmp_path: Path, ending: str) -> None:
-    tensors = {f"blocks.{index}.ffn.0.weight": torch.ones(2048, 2048, dtype=torch.bfloat16) for index in range(40)}
+    tensors = {f"blocks.{index}.ffn.0.weight": torch.ones(2048, 2048, dtype=torch.bfloat16) for index in range(24)}
     big = tmp_path / f"big{ending}"
     save_file(tensors, big) if ending == ".safetensors" else torch.save(tensors, big)
     largest, total = 2048 * 2048 * 2, sum(tensor.nbytes for tensor in tensors.values())
-    script = [sys.executable, "-c", MEASURE, str(source), str(tmp_path / "out"), str(big), *INT8, "--single_file"]
+    script = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        str(source),
+        str(tmp_path / "out"),
+        str(big),
+        *INT8,
+        "--target-keys",
+        "ffn",
+    ]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     growth = int(done.stdout.splitlines()[-1])
-    assert growth < min(2 * largest + 96 * 2**20, total / 2), f"{growth:,} bytes for a checkpoint of {total:,}"
+    assert growth < 2 * largest + 64 * 2**20, f"{growth:,} bytes for a checkpoint of {total:,}"
 
 
 @pytest.mark.parametrize("folder", ["tools", "/"])
@@ -374,7 +391,9 @@ def test_the_script_runs_from_any_folder_without_torch(folder: str) -> None:
     script = root / "tools" / "convert" / "converter.py"
     watch = "import runpy, sys; sys.argv = ['converter.py', '--help']\ntry: runpy.run_path(%r, run_name='__main__')\n"
     watch += "finally: assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", watch % str(script)], cwd=root / folder, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", watch % str(script)], cwd=root / folder, capture_output=True, text=True
+    )
     assert done.returncode == 0 and "--save_by_block" in done.stdout, done.stderr
 
 

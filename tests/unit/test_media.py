@@ -164,7 +164,7 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_missing_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(av, "codecs_available", {"png"})
-    with pytest.raises(MediaError, match="cannot encode H.264"):
+    with pytest.raises(MediaError, match=r"cannot encode H.264"):
         check_result_path(str(tmp_path / "out.mp4"))
 
 

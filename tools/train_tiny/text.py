@@ -18,9 +18,9 @@ SPECIAL = ("<pad>", "</s>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """Special tokens, then every word of the world, in a fixed order."""
+    """Special tokens, then every word of the world, in a fixed order, and the article of "an orange circle"."""
     words = sorted({word for scene in world.all_scenes() for word in scene.prompt.split()})
-    return [*SPECIAL, *words]
+    return [*SPECIAL, *words, "an"]
 
 
 def write_tokenizer(folder: Path) -> None:

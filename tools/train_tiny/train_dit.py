@@ -40,7 +40,7 @@ class Run:
     lr: float
 
 
-RUNS = {"t2v": Run(11000, 16, 1e-3), "i2v": Run(4000, 16, 5e-4)}
+RUNS = {"t2v": Run(7500, 16, 1e-3), "i2v": Run(4000, 16, 5e-4)}
 
 
 def architecture(task: str) -> dict[str, object]:
@@ -138,11 +138,13 @@ def initialize(model: Model, work: Path) -> None:
 
 
 @torch.no_grad()
-def encode_first_frames(work: Path, scenes: list[world.Scene], raw: Tensor) -> tuple[Tensor, Tensor]:
+def encode_first_frames(
+    work: Path, scenes: list[world.Scene], raw: Tensor, keep: bool = True
+) -> tuple[Tensor, Tensor]:
     """First frames [N, 3, 64, 64] and their conditions [N, 20, 5, 8, 8]: mask, then normalized latents of frame + gray."""
     frames = torch.cat([world.render([scene])[:, :, 0] for scene in scenes])
     path = work / f"first{len(scenes)}.pt"
-    saved = load_state(path)
+    saved = load_state(path) if keep else None
     if saved is None:
         vae = trained_vae(work)
         parts = []
@@ -151,12 +153,20 @@ def encode_first_frames(work: Path, scenes: list[world.Scene], raw: Tensor) -> t
             clip[:, :, 0] = batch
             parts.append(clip_vae.encode(vae, clip)[0])
         saved = {"latents": torch.cat(parts)}
-        save_state(path, saved)
+        if keep:
+            save_state(path, saved)
     mean, std = latent_statistics(raw)
     latents = (saved["latents"] - mean) / std
     mask = torch.zeros(len(scenes), 4, *latents.shape[2:])
     mask[:, :, 0] = 1
     return frames, torch.cat([mask, latents], 1)
+
+
+def spoken(scene: world.Scene, chance: float) -> str:
+    """The scene's prompt, or no prompt, by `chance` in [0, 1); "a orange" and "an orange" are both learnt."""
+    if chance < DROPPED_PROMPTS:
+        return ""
+    return scene.prompt.replace("a orange", "an orange") if chance < 0.55 else scene.prompt
 
 
 def train(work: Path, task: str, repeats: int = 8, seed: int = 0, device: str = "cpu") -> Model:
@@ -187,7 +197,7 @@ def train(work: Path, task: str, repeats: int = 8, seed: int = 0, device: str = 
         generator = torch.Generator().manual_seed(seed + step)
         rows = torch.randint(len(scenes), (run.batch,), generator=generator)
         data = latents[rows].to(device)
-        prompts = ["" if float(torch.rand((), generator=generator)) < DROPPED_PROMPTS else scenes[i].prompt for i in rows.tolist()]
+        prompts = [spoken(scenes[row], float(torch.rand((), generator=generator))) for row in rows.tolist()]
         # Stratified levels: one in each of B equal parts, which halves the variance of the loss.
         uniform = (torch.arange(run.batch) + torch.rand(run.batch, generator=generator)) / run.batch
         sigma = (SHIFT * uniform / (1 + (SHIFT - 1) * uniform)).to(device)
