@@ -9,9 +9,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 from transformers import CLIPImageProcessorPil, CLIPVisionConfig, CLIPVisionModel
 
@@ -19,17 +20,13 @@ from lightx2v.encoders.keymap import CLIP, clip_from_diffusers, clip_linear_shap
 from lightx2v.encoders.loading import component_config, fill
 from lightx2v.errors import CheckpointError
 from lightx2v.io.weights import Checkpoint
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-    from lightx2v.mm.select import LayerPlan
+from lightx2v.mm.select import LayerPlan
 
 HEAD_DIM = 80
 """Of ViT-H/14; the original file does not tell its number of heads."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageEncoder:
     """Pictures in, image conditions out."""
 
@@ -110,18 +107,18 @@ def _config_from_shapes(checkpoint: Checkpoint, num_heads: int | None) -> CLIPVi
     if "visual.pos_embedding" not in checkpoint.tensors:
         raise CheckpointError(where, "tensor 'visual.pos_embedding' is missing")
     positions = checkpoint.tensors["visual.pos_embedding"].shape[-2]
-    heads = num_heads or width // HEAD_DIM
-    if width % heads or (num_heads is None and width % HEAD_DIM):
+    heads = num_heads or width / HEAD_DIM
+    if heads < 1 or heads != int(heads) or width % heads:
         raise CheckpointError(
             where,
-            f"{width} channels do not divide into heads",
+            f"{width} channels do not divide into {heads:g} heads",
             allowed=f"a head per {HEAD_DIM} channels",
             do="set clip_num_heads in the model's config.json",
         )
     return CLIPVisionConfig(
         hidden_size=width,
         intermediate_size=linears["visual.transformer.0.mlp.0"][0],
-        num_attention_heads=heads,
+        num_attention_heads=int(heads),
         num_hidden_layers=CLIP.layers(checkpoint.tensors) - 1,
         num_channels=channels,
         patch_size=patch,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,7 @@ from lightx2v.encoders.keymap import NameMap
 from lightx2v.errors import CheckpointError
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.linear import swap_linears
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from lightx2v.mm.select import LayerPlan
+from lightx2v.mm.select import LayerPlan
 
 Routes = Mapping[str, tuple[str, ...]]
 """File tensor names to module tensor names; () for a tensor that is left out on purpose."""
@@ -64,12 +60,12 @@ def fill(
 
 
 def _module_plans(plans: Mapping[str, LayerPlan], names: NameMap, where: str) -> dict[str, LayerPlan]:
-    result = {}
+    result: dict[str, LayerPlan] = {}
     for original, plan in plans.items():
         targets = names.to_module(original)
         if not targets:
             raise CheckpointError(where, f"the plan names a layer '{original}' that this encoder does not have")
-        for target in targets:
+        for target in targets if plan.mm_type != "Default" else ():
             result[target] = replace(plan, out_features=plan.out_features // len(targets))
     return result
 

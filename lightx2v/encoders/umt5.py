@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from loguru import logger
@@ -21,16 +21,14 @@ from lightx2v.encoders.keymap import T5, is_t5_original, t5_from_diffusers, t5_l
 from lightx2v.encoders.loading import component_config, fill
 from lightx2v.errors import CheckpointError
 from lightx2v.io.weights import Checkpoint
+from lightx2v.mm.select import LayerPlan
 from lightx2v.platform import probe
-
-if TYPE_CHECKING:
-    from lightx2v.mm.select import LayerPlan
 
 
 class GatedFeedForward(nn.Module):
     """The feed-forward layer of transformers' UMT5 with the same submodules, for any kind of linear.
 
-    The layer of transformers casts its input to the dtype of `wo.weight`, which would turn activations into fp8 codes.
+    The layer of transformers casts to the dtype of `wo.weight`, which a swapped linear does not have.
     """
 
     def __init__(self, layer: Any) -> None:
@@ -52,7 +50,7 @@ def clean_prompt(text: str) -> str:
     return re.sub(r"\s+", " ", html.unescape(html.unescape(text))).strip()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TextEncoder:
     """Prompts in, text conditions out."""
 

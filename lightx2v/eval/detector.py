@@ -18,14 +18,8 @@ Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 _BACKGROUNDS = {"black": 0.0, "gray": 128.0, "white": 255.0}
-_HUES = {
-    "red": (0.0, 360.0),
-    "orange": (32.0,),
-    "yellow": (57.0,),
-    "green": (120.0,),
-    "blue": (230.0,),
-    "purple": (288.0,),
-}
+_HUES = {"red": 0.0, "orange": 32.0, "yellow": 57.0, "green": 120.0, "blue": 230.0, "purple": 288.0}
+"""Degrees on the colour wheel."""
 
 MIN_CONTRAST = 40.0
 """Distance in RGB (0..441) that an object must have from its background to count as one."""
@@ -66,20 +60,21 @@ def detect(frames: NDArray[np.uint8]) -> Detection:
     pixels = frames.astype(np.float64)
     ground = _border_color(pixels)
     background = min(_BACKGROUNDS, key=lambda name: abs(_BACKGROUNDS[name] - float(ground.mean())))
-    paint = _object_color(pixels, ground)
-    if paint is None:
+    smooth = _box3(pixels)
+    coverage = _coverage(pixels, smooth, ground)
+    if coverage is None:
         return Detection(background, None, None, None)
-    coverage = _coverage(pixels, ground, paint)
     scale = min(frames.shape[1:3]) / 64
     area = coverage.sum((1, 2))
     seen = area >= MIN_AREA * scale**2
     if not seen.any():
-        return Detection(background, _color_name(paint), None, None)
+        return Detection(background, None, None, None)
+    color = _color(smooth[coverage > 0.5])
     centers = _centroids(coverage[seen])
     shape = _shape(coverage[seen], centers)
     times = np.flatnonzero(seen).astype(np.float64)
     shift, growth, motion = _motion(times, centers, area[seen], len(frames), scale)
-    return Detection(background, _color_name(paint), shape, motion, shift, growth)
+    return Detection(background, color, shape, motion, shift, growth)
 
 
 def _border_color(pixels: Floats) -> Floats:
@@ -99,29 +94,26 @@ def _box3(images: Floats) -> Floats:
     return images
 
 
-def _object_color(pixels: Floats, ground: Floats) -> Floats | None:
-    """RGB of what differs most from the background, or None where nothing does."""
-    smooth = _box3(pixels)
-    distance = np.linalg.norm(smooth - ground, axis=-1)
-    peak = float(np.quantile(distance, 0.998))
+def _coverage(pixels: Floats, smooth: Floats, ground: Floats) -> Floats | None:
+    """How much of each pixel the object covers, 0..1 [T, H, W]; None where nothing differs from the background.
+
+    It is the distance from the background's colour, as a share of the object's own; the same for an object of one
+    colour as its place between the two, and right for one of several. Only the largest connected piece of a frame
+    counts, with a margin of three pixels for its soft edge.
+    """
+    distance = np.linalg.norm(pixels - ground, axis=-1)
+    smooth_distance = np.linalg.norm(smooth - ground, axis=-1)
+    peak = float(np.quantile(smooth_distance, 0.998))
     if peak < MIN_CONTRAST:
         return None
-    return np.asarray(np.median(smooth[distance >= 0.85 * peak], axis=0))
-
-
-def _coverage(pixels: Floats, ground: Floats, paint: Floats) -> Floats:
-    """How much of each pixel the object covers, 0..1 [T, H, W]: the pixel's place on the line from ground to paint.
-
-    Only the largest connected piece of a frame counts, with a margin of three pixels for its soft edge.
-    """
-    axis = (paint - ground) / float(np.dot(paint - ground, paint - ground))
-    alpha = np.clip((pixels - ground) @ axis, 0.0, 1.0)
-    smooth = _box3(alpha)
-    solid = smooth > 0.5
-    piece = _largest_pieces(solid)
+    full = float(np.median(smooth_distance[smooth_distance > 0.5 * peak]))
+    piece = _largest_pieces(smooth_distance > 0.5 * full)
     for _ in range(3):
         piece = _dilate(piece)
-    return np.where(piece & (smooth > 0.08), alpha, 0.0)
+    empty = distance[smooth_distance < 0.2 * full]
+    noise = float(np.median(empty)) if empty.size else 0.0
+    alpha = np.clip((distance - noise) / (full - noise), 0.0, 1.0)
+    return np.where(piece & (smooth_distance > 0.08 * full), alpha, 0.0)
 
 
 def _dilate(masks: Mask) -> Mask:
@@ -151,6 +143,7 @@ def _largest_pieces(masks: Mask) -> Mask:
         larger = piece.sum((1, 2)) > best.sum((1, 2))
         best[larger] = piece[larger]
         left &= ~piece
+        left[left.sum((1, 2)) <= best.sum((1, 2))] = False
     return best
 
 
@@ -199,16 +192,17 @@ def _motion(
     return (dx, dy), growth, name
 
 
-def _color_name(rgb: Floats) -> str | None:
-    """The name of the nearest hue, or None for what is nearly gray."""
-    high, low = float(rgb.max()), float(rgb.min())
-    if high <= 0 or (high - low) / high < MIN_SATURATION:
+def _color(rgb: Floats) -> str | None:
+    """The name that most of the pixels [N, 3] have, by the nearest hue; None where most are nearly gray."""
+    high, low = rgb.max(1), rgb.min(1)
+    spread = np.maximum(high - low, 1e-9)
+    colored = high - low >= MIN_SATURATION * np.maximum(high, 1e-9)
+    if 2 * colored.sum() <= len(rgb):
         return None
-    red, green, blue = ((rgb - low) / (high - low)).tolist()
-    if red == 1:
-        hue = 60 * (green - blue) % 360
-    elif green == 1:
-        hue = 60 * (blue - red) + 120
-    else:
-        hue = 60 * (red - green) + 240
-    return min(_HUES, key=lambda name: min(abs(hue - center) for center in _HUES[name]))
+    red, green, blue = ((rgb - low[:, None]) / spread[:, None])[colored].T
+    hue = np.where(
+        red == 1, 60 * (green - blue), np.where(green == 1, 60 * (blue - red) + 120, 60 * (red - green) + 240)
+    )
+    turn = (hue[:, None] - np.array(list(_HUES.values())) + 180) % 360 - 180
+    votes = np.bincount(np.abs(turn).argmin(1), minlength=len(_HUES))
+    return list(_HUES)[int(votes.argmax())]

@@ -102,7 +102,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, spec: QSpec, dtype: torch.dt
 
 
 def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> Quantized:
-    """Quantize activations [M, K]. Token: scale [M, 1]. Group: scale [M, ceil(K/size)]; the last group may be partial."""
+    """Quantize activations [M, K]. Token: scale [M, 1]. Group: scale [M, ceil(K/size)], the last maybe of a part."""
     levels = _levels(spec)
     if spec.granularity == "token":
         groups = x.unsqueeze(1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["int8", "fp8", "int4", "nvfp4", "mxfp8", "mxfp6", "mxfp4", "gguf"]
+DType = str
+"""int8, fp8 (e4m3fn), int4, nvfp4, mxfp8, mxfp6, mxfp4, or gguf_<kind>."""
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
 
 
@@ -13,7 +14,7 @@ Granularity = Literal["tensor", "channel", "token", "group", "block"]
 class QSpec:
     """Code type and granularity of a weight [N, K] or an activation [M, K].
 
-    Scales: tensor one number; channel [N, 1]; token [M, 1]; group [M, ceil(K/size)]; block [ceil(N/size), ceil(K/size)].
+    Scales: tensor [1]; channel [N, 1]; token [M, 1]; group [M, ceil(K/size)]; block [ceil(N/size), ceil(K/size)].
     """
 
     dtype: DType

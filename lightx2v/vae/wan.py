@@ -19,7 +19,7 @@ from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.vae.keymap import config_from_shapes, is_original, layer_names, rename
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class WanVAE:
     """Clips to normalized latents and back."""
 

@@ -235,5 +235,5 @@ def test_missing_library_lists_the_others(capsys: Capture, tmp_path: Path, model
     mm = {"mm_type": "W-int8-channel-sym-A-int8-channel-sym-dynamic-Vllm", "weight_auto_quant": True}
     config.write_text(json.dumps({"mm_config": mm}))
     result = generate(capsys, models["t2v"], out, "--config_json", str(config))
-    assert_refused(result, 2, "vllm", "not installed", "torch_native")
+    assert_refused(result, 2, "vllm", "not installed", "TorchNative")
     assert_nothing_written(out)

@@ -37,10 +37,10 @@ def tiny_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=[*special, *((word, -2.0) for word in words), *letters], extra_ids=0)
 
 
-def tiny_t5(seed: int = 0) -> UMT5EncoderModel:
+def tiny_t5(seed: int = 0, scale: float = 0.3) -> UMT5EncoderModel:
     config = UMT5Config(vocab_size=64, d_model=32, d_kv=16, d_ff=40, num_layers=2, num_heads=3)
     model = UMT5EncoderModel(config)
-    randomize(model, seed)
+    randomize(model, seed, scale)
     return model
 
 

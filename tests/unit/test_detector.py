@@ -55,6 +55,20 @@ def test_an_empty_clip_shows_a_background_and_nothing_else() -> None:
     assert (found.background, found.color, found.shape, found.motion) == ("gray", None, None, None)
 
 
+def test_the_colour_is_that_of_most_of_the_object() -> None:
+    clip = np.full((FRAMES, SIZE, SIZE, 3), 255, np.uint8)
+    clip[:, 20:40, 20:40] = (250, 220, 40)
+    clip[:, 20:40, 20:25] = (20, 20, 250)
+    found = detect(clip)
+    assert (found.color, found.shape) == ("yellow", "square")
+
+
+def test_pure_noise_is_no_reason_to_fail() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (FRAMES, SIZE, SIZE, 3), dtype=np.uint8)
+    assert detect(noise).background in BACKGROUNDS
+    assert detect((noise > 127).astype(np.uint8) * 255).background in BACKGROUNDS
+
+
 def test_a_gray_object_has_no_color() -> None:
     clip = np.full((FRAMES, SIZE, SIZE, 3), 255, np.uint8)
     clip[:, 20:40, 20:40] = 90

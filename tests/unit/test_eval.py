@@ -19,6 +19,8 @@ from lightx2v.eval.suite import run_suite, table
 from lightx2v.io.media import read_metadata
 from tests.unit.scene_drawing import draw
 
+CONFIGS = Path(__file__).parents[2] / "configs"
+
 
 def right_clip(prompt: str, seed: int) -> np.ndarray:
     return draw(parse_prompt(prompt), np.random.default_rng(seed)).astype(np.uint8)
@@ -145,7 +147,7 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], built: list[str]) -> 
 
 
 def test_unquantized_keeps_every_other_setting() -> None:
-    config = load_config("configs/quantization/wan_t2v_int8_converted.json", {"sampling.steps": 3})
+    config = load_config(str(CONFIGS / "quantization/wan_t2v_int8_converted.json"), {"sampling.steps": 3})
     plain = cli.unquantized(config)
     assert plain.sampling.steps == 3 and plain.mm_config.mm_type == "Default"
     assert plain.dit_quantized_ckpt is None and not plain.t5.quantized

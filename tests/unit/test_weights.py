@@ -16,7 +16,6 @@ import torch
 
 from lightx2v.errors import CheckpointError, ResourceError
 from lightx2v.io import weights
-from lightx2v.io.shards import ShardWriter
 from lightx2v.io.weights import Checkpoint, write_safetensors
 
 DTYPES = [
@@ -326,21 +325,3 @@ def test_failed_write_changes_nothing(
     if raised is ResourceError:
         assert re.search(r"disk is full: 40 bytes are needed, [\d,]+ bytes are free", str(caught.value))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == ([b"old"] if existing else [])
-
-
-def test_shards_with_index_can_be_resumed(tmp_path: Path) -> None:
-    first = ShardWriter(tmp_path, {"source": "abc"})
-    first.write("block_0.safetensors", {"blocks.0.w": torch.ones(4)})
-    second = ShardWriter(tmp_path, {"source": "abc"})
-    assert second.done("block_0.safetensors")
-    assert not second.done("non_block.safetensors")
-    assert not ShardWriter(tmp_path, {"source": "other"}).done("block_0.safetensors")
-    second.write("non_block.safetensors", {"head": torch.ones(2)})
-    with pytest.raises(CheckpointError, match="'head' is written to both"):
-        second.write("more.safetensors", {"head": torch.ones(2)})
-    index = json.loads(second.finish().read_text())
-    assert index == {
-        "metadata": {"total_size": 24},
-        "weight_map": {"blocks.0.w": "block_0.safetensors", "head": "non_block.safetensors"},
-    }
-    assert set(Checkpoint.open(tmp_path).tensors) == {"blocks.0.w", "head"}

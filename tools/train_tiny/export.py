@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLWan
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lightx2v.encoders.keymap import CLIP, T5
+from lightx2v.io.weights import write_safetensors
 from lightx2v.vae.keymap import layer_names, rename
 from tools.train_tiny import clip_vae, text
 from tools.train_tiny.checkpoint import load_state
@@ -104,7 +104,7 @@ def export(work: Path, output: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / "config.json").write_text(json.dumps(architecture(task), indent=2) + "\n")
         weights = shrink(split_by_prefix(state["ema"], "dit."))
-        save_file(weights, folder / "diffusion_pytorch_model.safetensors", metadata={"format": "pt"})
+        write_safetensors(folder / "diffusion_pytorch_model.safetensors", weights, {"format": "pt"})
     encoder = split_by_prefix(states["t2v"]["ema"], "text_encoder.encoder.")
     torch.save(shrink({str(T5.to_original(name)): value for name, value in encoder.items()}), output / T5_FILE)
     if states["i2v"] is not None:

@@ -1,0 +1,135 @@
+"""What a library of matrix-multiplication kernels shows to the rest of the engine.
+
+Shapes: M tokens, K input channels, N output channels; weights are [N, K] in checkpoints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.mm.scheme import Scheme
+from lightx2v.platform import DeviceInfo
+from lightx2v.quant.numerics import Quantized, quantize_activation, rounding_of
+from lightx2v.quant.spec import QSpec
+
+Numerics = tuple[QSpec | None, QSpec | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Caps:
+    """What a library can do, so that its quirks are data here and not branches elsewhere."""
+
+    schemes: frozenset[Numerics]
+    """(weight, activation) pairs that it computes."""
+    min_capability: tuple[int, int] | None = None
+    """Lowest compute capability; None where it also runs without such a device."""
+    k_multiple: int = 1
+    n_multiple: int = 1
+    layout: Literal["NK", "KN"] = "NK"
+    bias: Literal["fused", "fused_fp32", "after"] = "after"
+    """Whether its product takes the bias (in the output dtype or in float32), or it is added to the float32 result."""
+    out_dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    exact: frozenset[str] = frozenset()
+    """Code dtypes whose products are accumulated without any rounding."""
+    rtol: float = 0.0
+    """For the other dtypes: bound of |y - exact| / sum_k |x_k w_k|, before the rounding to the output dtype."""
+
+
+class Packed(nn.Module):
+    """A weight as the kernel `method` of a library wants it. Its buffers move between devices and keep their dtype."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, method: str, weight: Tensor, scale: Tensor, n: int, k: int) -> None:
+        super().__init__()
+        self.method, self.n, self.k = method, n, k
+        self.register_buffer("weight", weight, persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed weight and its scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in (self.weight, self.scale))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        # Module.to(dtype) counts fp8 codes and float32 scales among the floating-point tensors that it may round.
+        for name, old in self._buffers.items():
+            if old is not None:
+                new = fn(old)
+                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+        return self
+
+
+class Library(Protocol):
+    """One library. Methods that give `str | None` give a reason why not, or None for yes."""
+
+    name: str
+    caps: Caps
+
+    def available(self, device: DeviceInfo) -> str | None:
+        """Whether it is installed and can run on `device`."""
+        ...
+
+    def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
+        """Whether it computes `scheme` for a weight [n, k]."""
+        ...
+
+    def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
+        """How it will compute `scheme`, in a few words for the plan."""
+        ...
+
+    def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
+        """Pack codes [N, K] and their scale, once, on the device that they are on."""
+        ...
+
+    def unpack(self, scheme: Scheme, packed: Packed) -> Quantized:
+        """The codes and scale that `prepare` was given."""
+        ...
+
+    def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
+        """Quantize activations [M, K]."""
+        ...
+
+    def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """x @ weight.T + bias as [M, N], for M > 0. `bias` is float32 [N]."""
+        ...
+
+
+class TorchQuantize:
+    """Activations quantized in torch, with the rounding of the library that the scheme names."""
+
+    def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
+        """Codes [M, K] and scales of the activations [M, K]."""
+        assert scheme.activation is not None
+        return quantize_activation(x, scheme.activation, rounding_of(scheme.act_library, scheme.activation))
+
+
+def rescale(product: Tensor, packed: Packed, x: Quantized, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """The end of a product of codes [M, N]: channel and token scales and the bias in float32, then one rounding."""
+    return add_bias(product.float().mul_(packed.scale.view(1, -1)).mul_(x.scale), bias, out_dtype)
+
+
+def add_bias(product: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Add a float32 bias in float32 and round to `out_dtype`."""
+    if bias is None:
+        return product.to(out_dtype)
+    return (product.float() + bias).to(out_dtype)
+
+
+def lacks(caps: Caps, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
+    """The first thing of `caps` that a layer does not meet."""
+    if scheme.numerics not in caps.schemes:
+        return "does not compute this scheme"
+    if caps.min_capability and (device.capability or (0, 0)) < caps.min_capability:
+        have = f"has {device.capability[0]}.{device.capability[1]}" if device.capability else "has none"
+        return f"needs compute capability {caps.min_capability[0]}.{caps.min_capability[1]}, {device.name} {have}"
+    for what, value, multiple in (("K", k, caps.k_multiple), ("N", n, caps.n_multiple)):
+        if value % multiple:
+            return f"needs {what} to be a multiple of {multiple}, the layer has {value}"
+    return None

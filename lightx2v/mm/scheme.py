@@ -1,0 +1,215 @@
+"""The grammar of mm_type: a weight spec, an activation spec, and the libraries that compute with them. No torch here.
+
+    W-<dtype>-<granularity>[-sym][-A-<dtype>-<granularity>[-group128][-sym][-dynamic]]-<Library>[-Act<Library>]
+
+Short names stand for long ones: int8, fp8, fp8-b128 (any library that can), and int8-<library> and so on. An
+activation granularity "channel" is LightX2V's word for one scale per token.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from lightx2v.errors import ConfigError, suggestion
+from lightx2v.quant.spec import (
+    FP8_BLOCK128,
+    FP8_CHANNEL,
+    FP8_GROUP128,
+    FP8_TOKEN,
+    INT8_CHANNEL,
+    INT8_TOKEN,
+    QSpec,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What an mm_type says. `name` is its canonical long form; `weight` is None when weights stay floating-point."""
+
+    name: str
+    weight: QSpec | None
+    activation: QSpec | None
+    library: str
+    act_library: str
+
+    @property
+    def numerics(self) -> tuple[QSpec | None, QSpec | None]:
+        """What two schemes have in common when they differ only in libraries."""
+        return self.weight, self.activation
+
+    def with_library(self, library: str) -> Scheme:
+        """The same scheme computed by `library`. A named library's rounding of activations is kept."""
+        act = _act_library(library) if self.act_library == "auto" else self.act_library
+        moved = replace(self, library=library, act_library=act)
+        return moved if self.weight is None else replace(moved, name=_long_name(moved))
+
+
+#: Library -> how long and short names spell it; parsing ignores case and underscores and takes either spelling.
+LIBRARY_TOKENS: dict[str, tuple[str, str]] = {
+    "auto": ("Auto", "auto"),
+    "torch_native": ("TorchNative", "torch"),
+    "reference": ("Reference", "reference"),
+    "vllm": ("Vllm", "vllm"),
+    "sgl": ("Sgl", "sgl"),
+    "q8f": ("Q8F", "q8f"),
+    "deepgemm": ("Deepgemm", "deepgemm"),
+    "torchao": ("Torchao", "torchao"),
+    "triton": ("Triton", "triton"),
+    "onednn": ("Onednn", "onednn"),
+    "marlin": ("Marlin", "marlin"),
+    "lightx2v_kernel": ("Lightx2vKernel", "lightx2v-kernel"),
+    "npu": ("Npu", "npu"),
+    "tmo": ("Mlu", "tmo"),
+    "musa": ("Musa", "musa"),
+    "iluvatar": ("Iluvatar", "iluvatar"),
+    "hygon_dcu": ("VllmHygonDcu", "vllm-hygon-dcu"),
+    "intel_xpu": ("IntelXpu", "intel-xpu"),
+}
+
+_SHORT = {
+    "int8": (INT8_CHANNEL, INT8_TOKEN),
+    "fp8-b128": (FP8_BLOCK128, FP8_GROUP128),
+    "fp8": (FP8_CHANNEL, FP8_TOKEN),
+}
+_GGUF = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 Q3_K_M Q3_K_S".split()
+
+
+def _group(dtype: str, size: int, dynamic: bool = False) -> QSpec:
+    return QSpec(dtype, "group", size, dynamic=dynamic)
+
+
+#: Names that the grammar does not cover -> weight, activation, library.
+_NAMED: dict[str, tuple[QSpec | None, QSpec | None, str]] = {
+    "Default": (None, None, "torch"),
+    "Default-Force-FP32": (None, None, "torch"),
+    "Calib": (None, None, "calibration"),
+    "CalibMax": (None, None, "calibration"),
+    "TensorParallel": (None, None, "tensor_parallel"),
+    "fp8-pertensor": (QSpec("fp8", "tensor"), QSpec("fp8", "tensor"), "torch_native"),
+    "int4-g128-marlin": (_group("int4", 128), None, "marlin"),
+    "nvfp4": (_group("nvfp4", 16), _group("nvfp4", 16, True), "lightx2v_kernel"),
+    "nvfp4-split-n-workaround": (_group("nvfp4", 16), _group("nvfp4", 16, True), "lightx2v_kernel"),
+    "mxfp4": (_group("mxfp4", 32), _group("mxfp4", 32, True), "lightx2v_kernel"),
+    "mxfp6-mxfp8": (_group("mxfp6", 32), _group("mxfp8", 32, True), "lightx2v_kernel"),
+    "mxfp8": (_group("mxfp8", 32), _group("mxfp8", 32, True), "lightx2v_kernel"),
+    "gguf-BF16": (None, None, "gguf"),
+    **{f"gguf-{kind}": (_group(f"gguf_{kind.lower()}", 256 if "_K" in kind else 32), None, "gguf") for kind in _GGUF},
+}
+
+#: Names of LightX2V's releases and this engine's own, besides the above; `known_names` adds their long forms.
+_ALIASES = (
+    *_SHORT,
+    *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("torch", "reference", "vllm", "sgl", "q8f", "torchao")),
+    *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("triton", "onednn")),
+    *(f"fp8-b128-{name}" for name in ("torch", "reference", "deepgemm")),
+    *"int8-npu int8-tmo fp8-musa int8-iluvatar int8-vllm-hygon-dcu fp8-intel-xpu".split(),
+)
+_OTHER_QUANTIZERS = (
+    "W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Vllm-ActSgl",
+    "W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Sgl-ActVllm",
+    "W-int8-channel-sym-A-int8-channel-sym-dynamic-Sgl-ActVllm",
+    "W-fp8-block128-sym-A-fp8-channel-group128-sym-dynamic-Deepgemm-ActSgl",
+)
+
+_LONG = re.compile(
+    r"W-(?P<w_dtype>[a-z0-9]+)-(?P<w_gran>tensor|channel|block\d+|group\d+)(?P<w_sym>-sym)?"
+    r"(?:-A-(?P<a_dtype>[a-z0-9]+)-(?P<a_gran>tensor|token|channel(?:-group\d+)?|group\d+)(?P<a_sym>-sym)?(?P<dynamic>-dynamic)?)?"
+    r"-(?P<library>[A-Za-z0-9_]+?)(?:-Act(?P<act>[A-Za-z0-9_]+))?"
+)
+_DTYPES = ("int8", "fp8", "int4", "nvfp4", "mxfp8", "mxfp6", "mxfp4")
+
+_own: dict[str, Scheme] = {}
+
+
+def declare(name: str) -> None:
+    """Make `name`, the mm_type of a class registered from outside the package, parse (library "custom").
+
+    Raises ConfigError when it already means something.
+    """
+    if name in _own or _parse(name) is not None:
+        raise ConfigError("mm_type", f"'{name}' is taken", do="choose another name")
+    _own[name] = Scheme(name, None, None, "custom", "custom")
+
+
+def parse(name: str) -> Scheme:
+    """The scheme that `name` says, in its long or a short form. Raises ConfigError with the closest known name."""
+    scheme = _own.get(name) or _parse(name)
+    if scheme is None:
+        raise ConfigError(
+            "mm_type",
+            f"unknown mm_type '{name}'{suggestion(name, (*known_names(), *_own))}",
+            allowed="Default, int8, fp8, fp8-b128, <one of these>-<library>, or W-...-A-...-<Library>",
+            do=f"libraries are {', '.join(short for _, short in LIBRARY_TOKENS.values())}",
+        )
+    return scheme
+
+
+@lru_cache(maxsize=1)
+def known_names() -> tuple[str, ...]:
+    """Every name that LightX2V's releases use and the ones this engine adds, short and long."""
+    long = (scheme.name for name in _ALIASES if (scheme := _parse(name)) is not None)
+    return tuple(dict.fromkeys([*_NAMED, *_ALIASES, *long, *_OTHER_QUANTIZERS]))
+
+
+@lru_cache(maxsize=256)
+def _parse(name: str) -> Scheme | None:
+    if name in _NAMED:
+        weight, activation, library = _NAMED[name]
+        return Scheme(name, weight, activation, library, library)
+    for prefix, (weight, activation) in _SHORT.items():
+        if name == prefix or name.startswith(prefix + "-"):
+            named = "auto" if name == prefix else _library(name[len(prefix) + 1 :])
+            return _scheme(weight, activation, named, None) if named else None
+    match = _LONG.fullmatch(name)
+    if match is None or match["w_dtype"] not in _DTYPES or match["a_dtype"] not in (None, *_DTYPES):
+        return None
+    named, act = _library(match["library"]), _library(match["act"] or "")
+    if named is None or (match["act"] and act in (None, "auto")):
+        return None
+    weight = _spec(match["w_dtype"], match["w_gran"], bool(match["w_sym"]), dynamic=False)
+    if match["a_dtype"] is None:
+        return _scheme(weight, None, named, act)
+    granularity = match["a_gran"].removeprefix("channel-").replace("channel", "token")
+    activation = _spec(match["a_dtype"], granularity, bool(match["a_sym"]), dynamic=bool(match["dynamic"]))
+    return _scheme(weight, activation, named, act)
+
+
+def _library(token: str) -> str | None:
+    wanted = token.lower().replace("_", "")
+    for library, spellings in LIBRARY_TOKENS.items():
+        if wanted in (spelling.lower() for spelling in (*spellings, library.replace("_", ""))):
+            return library
+    return None
+
+
+def _act_library(library: str) -> str:
+    """Who quantizes the activations when the name does not say: Q8F leaves it to vLLM, others do it themselves."""
+    return "vllm" if library == "q8f" else library
+
+
+def _spec(dtype: str, granularity: str, symmetric: bool, dynamic: bool) -> QSpec:
+    kind = granularity.rstrip("0123456789")
+    # Only integers have a zero point: floating-point codes are symmetric whether the name says so or not.
+    return QSpec(dtype, kind, int(granularity[len(kind) :] or 0), symmetric or not dtype.startswith("int"), dynamic)  # type: ignore[arg-type]
+
+
+def _scheme(weight: QSpec, activation: QSpec | None, library: str, act: str | None) -> Scheme:
+    scheme = Scheme("", weight, activation, library, act or _act_library(library))
+    return replace(scheme, name=_long_name(scheme))
+
+
+def _long_name(scheme: Scheme) -> str:
+    def part(spec: QSpec, granularity: str) -> str:
+        return f"{spec.dtype}-{granularity}" + ("-sym" if spec.symmetric else "") + ("-dynamic" if spec.dynamic else "")
+
+    assert scheme.weight is not None
+    words = [f"W-{part(scheme.weight, f'{scheme.weight.granularity}{scheme.weight.size or str()}')}"]
+    if scheme.activation is not None:
+        spelled = {"token": "channel", "group": f"channel-group{scheme.activation.size}", "tensor": "tensor"}
+        words.append(f"A-{part(scheme.activation, spelled[scheme.activation.granularity])}")
+    words.append(LIBRARY_TOKENS[scheme.library][0])
+    if scheme.act_library != _act_library(scheme.library):
+        words.append(f"Act{LIBRARY_TOKENS[scheme.act_library][0]}")
+    return "-".join(words)

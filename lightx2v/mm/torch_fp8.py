@@ -1,0 +1,154 @@
+"""Products of float8_e4m3fn codes that torch ships kernels for, and in bfloat16 where there are none.
+
+bfloat16 holds every e4m3 value exactly, so a bfloat16 product of codes rounds only its result, before scaling.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightx2v.mm.base import Packed, add_bias, rescale
+from lightx2v.mm.reference import dequantize_groups
+from lightx2v.quant.numerics import Quantized, dequantize_weight
+from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, QSpec
+
+_E4M3 = torch.float8_e4m3fn
+
+
+def _has_bfloat16(device: torch.device) -> str | None:
+    if device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return "this CPU has no bfloat16 product"
+
+
+class Bfloat16Channels:
+    """Channel scales: codes multiplied as bfloat16. That copy takes the place of the codes, at two bytes each."""
+
+    name = "bfloat16"
+    words = "fp8 codes multiplied in bfloat16"
+    spec: QSpec = FP8_CHANNEL
+
+    def supports(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, before it is tried."""
+        return _has_bfloat16(device)
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+        return Packed(self.name, codes.to(torch.bfloat16), scale, *codes.shape)
+
+    def unpack(self, packed: Packed) -> Quantized:
+        return Quantized(packed.weight.to(_E4M3), packed.scale)
+
+    def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        return rescale(x.codes.to(torch.bfloat16) @ packed.weight.t(), packed, x, bias, out_dtype)
+
+
+class Bfloat16Blocks:
+    """Block scales: weight and activations dequantized to bfloat16, the weight once and instead of its codes."""
+
+    name = "bfloat16_blocks"
+    words = "fp8 values multiplied in bfloat16"
+    spec: QSpec = FP8_BLOCK128
+
+    def supports(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, before it is tried."""
+        return _has_bfloat16(device)
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+        weight = dequantize_weight(codes, scale, self.spec, torch.bfloat16)
+        return Packed(self.name, weight, scale, *codes.shape)
+
+    def unpack(self, packed: Packed) -> Quantized:
+        # bfloat16 has four more bits than e4m3: dividing by the scale again rounds back to the code.
+        scale = packed.scale.repeat_interleave(128, 0)[: packed.n].repeat_interleave(128, 1)[:, : packed.k]
+        return Quantized((packed.weight.float() / scale).to(_E4M3), packed.scale)
+
+    def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        values = dequantize_groups(x, self.spec.size, torch.bfloat16)
+        return add_bias(values @ packed.weight.t(), bias, out_dtype)
+
+
+class ScaledRows:
+    """torch._scaled_mm with a scale per row and per column; it gives bfloat16 and wants K and N in multiples of 16."""
+
+    name = "scaled_mm_rows"
+    words = "torch._scaled_mm"
+
+    def supports(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, before it is tried."""
+        return _needs_capability(device, (8, 9))
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+        n, k = codes.shape
+        padded = _pad(codes, -k % 16, -n % 16)
+        return Packed(self.name, padded, F.pad(scale.reshape(1, -1), (0, -n % 16), value=1.0), n, k)
+
+    def unpack(self, packed: Packed) -> Quantized:
+        codes = packed.weight[: packed.n, : packed.k].contiguous()
+        return Quantized(codes, packed.scale[0, : packed.n].reshape(-1, 1).contiguous())
+
+    def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        product = torch._scaled_mm(
+            _pad(x.codes, -packed.k % 16, 0),
+            packed.weight.t(),
+            scale_a=x.scale,
+            scale_b=packed.scale,
+            out_dtype=torch.bfloat16,
+            use_fast_accum=True,
+        )
+        return add_bias(product[:, : packed.n], bias, out_dtype)
+
+
+class ScaledBlocks:
+    """cuBLAS' product with 1x128 and 128x128 scales, through torch.nn.functional.scaled_mm.
+
+    It wants M in multiples of 4 with column-major scales, and a K-major weight scale padded to multiples of 4 blocks.
+    """
+
+    name = "scaled_mm_blocks"
+    words = "torch.nn.functional.scaled_mm"
+
+    def supports(self, device: torch.device) -> str | None:
+        """Why it cannot run on `device`, before it is tried."""
+        return _needs_capability(device, (9, 0)) if hasattr(F, "scaled_mm") else "needs a torch with scaled_mm"
+
+    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+        n, k = codes.shape
+        padded_scale = F.pad(scale, (0, -scale.shape[1] % 4))
+        return Packed(self.name, _pad(codes, -k % 128, -n % 128), padded_scale.contiguous(), n, k)
+
+    def unpack(self, packed: Packed) -> Quantized:
+        codes = packed.weight[: packed.n, : packed.k].contiguous()
+        return Quantized(codes, packed.scale[:, : -(-packed.k // 128)].contiguous())
+
+    def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        rows = x.codes.shape[0]
+        functional: Any = F
+        kinds = functional.ScalingType
+        product = functional.scaled_mm(
+            _pad(x.codes, -packed.k % 128, -rows % 4),
+            packed.weight.t(),
+            scale_a=F.pad(x.scale, (0, 0, 0, -rows % 4)).t().contiguous().t(),
+            scale_recipe_a=kinds.BlockWise1x128,
+            scale_b=packed.scale.t(),
+            scale_recipe_b=kinds.BlockWise128x128,
+            output_dtype=torch.bfloat16,
+        )
+        return add_bias(product[:rows, : packed.n], bias, out_dtype)
+
+
+def _pad(codes: Tensor, columns: int, rows: int) -> Tensor:
+    """Zero codes appended on the right and below. Padding has no fp8 kernels everywhere, bytes do."""
+    if not columns and not rows:
+        return codes.contiguous()
+    return F.pad(codes.view(torch.uint8), (0, columns, 0, rows)).view(_E4M3)
+
+
+def _needs_capability(device: torch.device, lowest: tuple[int, int]) -> str | None:
+    if device.type == "cpu":
+        return "needs a GPU"
+    have = torch.get_device_module(device).get_device_capability(device)
+    return None if have >= lowest else f"needs compute capability {lowest[0]}.{lowest[1]}, this is {have[0]}.{have[1]}"

@@ -1,0 +1,114 @@
+"""The fast products that torch itself has, on CPUs and NVIDIA GPUs.
+
+For each scheme the first of these that works here: int8 by oneDNN (CPU) or torch._int_mm, both exact; fp8 by
+torch._scaled_mm (compute capability 8.9) or in bfloat16; fp8-b128 by scaled_mm (9.0) or in bfloat16. Whether one works
+is tried once, on a small product against the reference, since torch versions differ in what they accept.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lightx2v.mm.base import Caps, Packed, TorchQuantize, lacks
+from lightx2v.mm.reference import LIBRARY as REFERENCE
+from lightx2v.mm.reference import SCHEMES
+from lightx2v.mm.scheme import Scheme
+from lightx2v.mm.torch_fp8 import Bfloat16Blocks, Bfloat16Channels, ScaledBlocks, ScaledRows
+from lightx2v.mm.torch_int8 import IntMM, OneDnn
+from lightx2v.platform import DeviceInfo
+from lightx2v.quant.numerics import Quantized, quantize_activation, quantize_weight
+from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, INT8_CHANNEL, QSpec
+
+
+class Method(Protocol):
+    """One way to multiply codes: pack a weight, multiply, and give the codes back."""
+
+    name: str
+    words: str
+
+    def supports(self, device: torch.device) -> str | None: ...
+    def pack(self, codes: Tensor, scale: Tensor) -> Packed: ...
+    def unpack(self, packed: Packed) -> Quantized: ...
+    def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor: ...
+
+
+_METHODS: dict[QSpec | None, tuple[Method, ...]] = {
+    INT8_CHANNEL: (OneDnn(), IntMM()),
+    FP8_CHANNEL: (ScaledRows(), Bfloat16Channels()),
+    FP8_BLOCK128: (ScaledBlocks(), Bfloat16Blocks()),
+}
+_BY_NAME = {method.name: method for methods in _METHODS.values() for method in methods}
+
+
+class TorchNative(TorchQuantize):
+    """Torch's own kernels, without any other library."""
+
+    name = "torch_native"
+    caps = Caps(SCHEMES, exact=frozenset({"int8"}), rtol=2.0**-7)
+
+    def available(self, device: DeviceInfo) -> str | None:
+        if device.kind == "cpu" or device.capability is not None:
+            return None
+        return f"torch's 8-bit products are used on CPUs and NVIDIA GPUs, not on {device.kind}"
+
+    def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
+        reason = lacks(self.caps, scheme, n, k, device)
+        if reason is None:
+            method, reasons = _choose(scheme, torch.device(device.torch_name))
+            reason = None if method else "; ".join(reasons)
+        return reason
+
+    def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
+        method, _ = _choose(scheme, torch.device(device.torch_name))
+        return method.words if method else "cannot compute it"
+
+    def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
+        method, reasons = _choose(scheme, codes.device)
+        if method is None:
+            raise RuntimeError(f"torch_native cannot compute {scheme.name} on {codes.device}: {'; '.join(reasons)}")
+        return method.pack(codes, scale)
+
+    def unpack(self, scheme: Scheme, packed: Packed) -> Quantized:
+        return _BY_NAME[packed.method].unpack(packed)
+
+    def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        return _BY_NAME[packed.method].gemm(x, packed, bias, out_dtype)
+
+
+@lru_cache(maxsize=64)
+def _choose(scheme: Scheme, device: torch.device) -> tuple[Method | None, tuple[str, ...]]:
+    """The first method that computes `scheme` rightly on `device`, and why each before it does not."""
+    reasons: list[str] = []
+    for method in _METHODS[scheme.weight]:
+        reason = method.supports(device) or _trial(method, scheme, device)
+        if reason is None:
+            return method, tuple(reasons)
+        reasons.append(f"{method.words}: {reason}")
+    return None, tuple(reasons)
+
+
+@torch.no_grad()
+def _trial(method: Method, scheme: Scheme, device: torch.device) -> str | None:
+    """Multiply extreme codes of ragged shape; CPUs without VNNI, for one, saturate sums of two int8 products."""
+    assert scheme.weight is not None and scheme.activation is not None
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (200, 392), generator=generator) * 2.0 - 1
+    values = signs * torch.rand(200, 392, generator=generator) ** 0.125
+    w = quantize_weight(values[:136].to(device), scheme.weight)
+    x = quantize_activation(values[150:].to(device), scheme.activation)
+    packed = REFERENCE.prepare(scheme, w.codes, w.scale)
+    wanted = REFERENCE.gemm(scheme, x, packed, None, torch.float32)
+    try:
+        got = method.gemm(x, method.pack(w.codes, w.scale), None, torch.float32)
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
+        return f"refused by this torch: {str(error).strip().splitlines()[0]}"
+    error_size = ((got - wanted).abs().max() / wanted.abs().max()).item()
+    limit = 1e-6 if scheme.weight.dtype in TorchNative.caps.exact else 0.01
+    return None if error_size <= limit else f"gives wrong results on this device (off by {error_size:.2g})"
+
+
+LIBRARY = TorchNative()
