@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightx2v.mm.scheme import Scheme
@@ -93,7 +94,7 @@ class Library(Protocol):
         ...
 
     def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
-        """Quantize activations [M, K]."""
+        """Quantize activations [M, K] into what `gemm` of this library takes."""
         ...
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -105,8 +106,13 @@ class TorchQuantize:
     """Activations quantized in torch, with the rounding of the library that the scheme names."""
 
     def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
-        """Codes [M, K] and scales of the activations [M, K]."""
+        """Codes and scales of the activations [M, K], where K is filled up with zeros to whole groups.
+
+        Inductor (torch 2.13, CPU) computes k // 128 wrongly in a loop whose length is no multiple of 128.
+        """
         assert scheme.activation is not None
+        if scheme.activation.granularity == "group":
+            x = F.pad(x, (0, -x.shape[1] % scheme.activation.size))
         return quantize_activation(x, scheme.activation, rounding_of(scheme.act_library, scheme.activation))
 
 

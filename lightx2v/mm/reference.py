@@ -52,7 +52,8 @@ class Reference(TorchQuantize):
         if scheme.weight.granularity == "channel":
             return rescale(x.codes.float() @ packed.weight.float().t(), packed, x, bias, out_dtype)
         weight = dequantize_weight(packed.weight, packed.scale, scheme.weight)
-        return add_bias(dequantize_groups(x, scheme.weight.size, torch.float32) @ weight.t(), bias, out_dtype)
+        values = dequantize_groups(x, scheme.weight.size, torch.float32)
+        return add_bias(values[:, : packed.k] @ weight.t(), bias, out_dtype)
 
 
 def int_product(a: Tensor, b: Tensor) -> Tensor:
@@ -69,9 +70,9 @@ def int_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def dequantize_groups(x: Quantized, size: int, dtype: torch.dtype) -> Tensor:
-    """Activations [M, K] from codes and the scales [M, ceil(K/size)] of groups along K."""
-    scale = x.scale.repeat_interleave(size, dim=1)[:, : x.codes.shape[1]]
-    return (x.codes.float() * scale).to(dtype)
+    """Activations [M, K] from codes [M, K] and the scales [M, K/size] of groups along K."""
+    groups = x.codes.float().unflatten(1, (-1, size)) * x.scale.unsqueeze(2)
+    return groups.flatten(1).to(dtype)
 
 
 LIBRARY = Reference()

@@ -10,7 +10,7 @@ shift $(($# < 2 ? $# : 2))
 model=${MODEL_PATH:-lightx2v/assets/tiny-wan}
 folder=outputs/$(basename "$model")-$scheme
 
-scripts/convert/quantize_wan.sh "$scheme" "$task"
+scripts/convert/quantize_wan_model.sh "$scheme" "$task"
 paths=(--set "dit_quantized_ckpt=$folder/dit-$task" --set "t5.quantized_ckpt=$folder/t5.safetensors")
 if [ "$task" = i2v ]; then
     paths+=(--set "clip.quantized_ckpt=$folder/clip.safetensors")

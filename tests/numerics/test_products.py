@@ -12,6 +12,7 @@ from lightx2v.mm.base import Library
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.reference import int_product
 from lightx2v.mm.scheme import Scheme, parse
+from lightx2v.mm.torch_fp8 import _to_bfloat16
 from lightx2v.platform import DeviceInfo, list_devices
 from lightx2v.quant.numerics import Quantized, dequantize_weight, quantize_weight
 
@@ -51,7 +52,10 @@ def check(
     packed = library.prepare(scheme, w.codes, w.scale)
     got = library.gemm(scheme, codes, packed, None if bias is None else bias.to(place), out).cpu()
 
-    xd, wd = dequantize(codes, scheme).cpu(), dequantize_weight(w.codes, w.scale, scheme.weight).cpu().double()
+    xd, wd = (
+        dequantize(codes, scheme).cpu()[:, : x.shape[1]],
+        dequantize_weight(w.codes, w.scale, scheme.weight).cpu().double(),
+    )
     exact = xd @ wd.T + (0 if bias is None else bias.double())
     size = xd.abs() @ wd.abs().T + (0 if bias is None else bias.double().abs())
     # float32 scales and bias round a few times even when the accumulation is exact.
@@ -125,6 +129,12 @@ def test_sums_beyond_what_float32_holds_are_exact(device: DeviceInfo, library: s
     assert (int_product(codes, codes) == exact).all()
     out = adapter.gemm(scheme, Quantized(codes, ones), adapter.prepare(scheme, codes, ones), None, torch.float32)
     assert (out == torch.tensor(exact).float().item()).all()
+
+
+def test_every_finite_e4m3_code_becomes_bfloat16_exactly() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    finite = ~codes.float().isnan()
+    assert torch.equal(_to_bfloat16(codes)[finite], codes.to(torch.bfloat16)[finite])
 
 
 def test_a_long_row_needs_more_than_int32() -> None:

@@ -40,7 +40,7 @@ class Run:
     lr: float
 
 
-RUNS = {"t2v": Run(7500, 16, 1e-3), "i2v": Run(4000, 16, 5e-4)}
+RUNS = {"t2v": Run(7500, 16, 1e-3), "i2v": Run(2500, 16, 5e-4)}
 
 
 def architecture(task: str) -> dict[str, object]:
@@ -94,6 +94,9 @@ def trained_vae(work: Path) -> nn.Module:
         raise SystemExit(f"{work}/vae.pt is missing: run tools.train_tiny.train_vae first")
     vae = clip_vae.as_clip_vae(clip_vae.build_vae())
     vae.load_state_dict(state["model"])
+    finished = load_state(work / "decoder.pt")
+    if finished is not None:
+        vae.load_state_dict(finished["model"], strict=False)
     return vae.eval()
 
 

@@ -1,4 +1,4 @@
-"""Train tiny-wan's VAE: single frames first, then clips, then whole clips at full size.
+"""Train tiny-wan's VAE on small windows: single frames first, then clips. `train_decoder` finishes it at full size.
 
     python -m tools.train_tiny.train_vae --work DIR
 
@@ -34,15 +34,12 @@ class Stage:
     frames: int
     size: int
     lr: float
-    decoder_only: bool = False
 
 
 #: The learning rate matters: 5e-4 does not learn at all from scratch.
 STAGES = (
     Stage("frames", 4000, 16, 1, 32, 2e-4),
     Stage("clips", 4000, 4, 9, 32, 2e-4),
-    # From here the encoder stands still, so the DiT can train on its latents while the decoder gets better.
-    Stage("whole", 1500, 2, 17, 64, 1e-4, decoder_only=True),
 )
 #: Noise on the latent in training: what the sampler leaves over must not show in the picture.
 LATENT_NOISE = 0.1
@@ -109,8 +106,7 @@ def train(work: Path, stages: tuple[Stage, ...] = STAGES, seed: int = 0) -> Auto
             rate = stage.lr * min(1.0, (step + 1) / 100) * (0.5 + 0.5 * math.cos(math.pi * step / stage.steps) * 0.9)
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            with torch.set_grad_enabled(not stage.decoder_only):
-                mean, _ = clip_vae.encode(vae, clips)
+            mean, _ = clip_vae.encode(vae, clips)
             latent = mean + LATENT_NOISE * torch.randn(mean.shape, generator=generator)
             drawn = clip_vae.decode(vae, latent)
             loss = F.mse_loss(drawn, clips) + 0.05 * F.l1_loss(drawn, clips) + 1e-4 * mean.pow(2).mean()
