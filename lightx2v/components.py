@@ -41,7 +41,9 @@ def load_dit(plan: Plan) -> nn.Module:
         for name, tensor in checkpoint.stream(n for n in checkpoint.tensors if not plan.family.is_unused(n)):
             yield plan.family.original_name(name), tensor
 
-    stream_into(module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint))
+    stream_into(
+        module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint)
+    )
     cast(Any, module).set_attention(plan.attention)
     return module.eval()
 

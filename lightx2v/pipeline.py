@@ -1,9 +1,9 @@
 """The Python API: `LightX2VPipeline`, with the method names of LightX2V's own.
 
-    pipe = LightX2VPipeline(task="t2v", model_path="Wan2.1-T2V-1.3B", model_cls="wan2.1")
-    pipe.enable_quantize(dit_quantized=True, quant_scheme="int8", dit_quantized_ckpt="Wan2.1-T2V-1.3B-int8")
-    pipe.create_generator(infer_steps=50, height=480, width=832, num_frames=81)
-    frames = pipe.generate(seed=42, prompt="a cat on the grass", save_result_path="cat.mp4")
+pipe = LightX2VPipeline(task="t2v", model_path="Wan2.1-T2V-1.3B", model_cls="wan2.1")
+pipe.enable_quantize(dit_quantized=True, quant_scheme="int8", dit_quantized_ckpt="Wan2.1-T2V-1.3B-int8")
+pipe.create_generator(infer_steps=50, height=480, width=832, num_frames=81)
+frames = pipe.generate(seed=42, prompt="a cat on the grass", save_result_path="cat.mp4")
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class LightX2VPipeline:
 
     def _set(self, values: dict[str, Any]) -> LightX2VPipeline:
         if self._runner is not None:
-            raise ConfigError("LightX2VPipeline", "settings are fixed once the generator exists", do="make a new pipeline")
+            raise ConfigError(
+                "LightX2VPipeline", "settings are fixed once the generator exists", do="make a new pipeline"
+            )
         self._overrides |= {key: value for key, value in values.items() if value is not None}
         return self
 
@@ -82,7 +84,11 @@ class LightX2VPipeline:
             ("clip", image_encoder_quantized, image_encoder_quantized_ckpt),
         ):
             if enabled:
-                values |= {f"{key}.quantized": True, f"{key}.quant_scheme": encoder_scheme, f"{key}.quantized_ckpt": path}
+                values |= {
+                    f"{key}.quantized": True,
+                    f"{key}.quant_scheme": encoder_scheme,
+                    f"{key}.quantized_ckpt": path,
+                }
         return self._set(values)
 
     def create_generator(

@@ -45,7 +45,9 @@ class Registry(Generic[T]):
         if name in self._aliases:
             return self._aliases[name]
         raise ConfigError(
-            self.kind, f"unknown name '{name}'{suggestion(name, [*self._values, *self._aliases])}", allowed=", ".join(self)
+            self.kind,
+            f"unknown name '{name}'{suggestion(name, [*self._values, *self._aliases])}",
+            allowed=", ".join(self),
         )
 
     def __getitem__(self, name: str) -> T:

@@ -43,7 +43,9 @@ class Runner:
         self.timer = StageTimer(plan.device)
 
     @torch.inference_mode()
-    def run(self, request: Request, callback: Callable[[Progress], None] | None = None, quiet: bool = False) -> np.ndarray:
+    def run(
+        self, request: Request, callback: Callable[[Progress], None] | None = None, quiet: bool = False
+    ) -> np.ndarray:
         """Frames of `request`, uint8 [T, H, W, 3]. `timer` holds the seconds of each stage afterwards."""
         self._check(request)
         self.timer = StageTimer(self.plan.device)
@@ -56,7 +58,9 @@ class Runner:
     def _check(self, request: Request) -> None:
         self.plan.family.check_size(request.height, request.width, request.frames)
         if request.task == "i2v" and not request.image_path:
-            raise ConfigError("image_path", "is missing: image-to-video starts from a picture", do="give --image_path FILE")
+            raise ConfigError(
+                "image_path", "is missing: image-to-video starts from a picture", do="give --image_path FILE"
+            )
         if request.task == "t2v" and request.image_path:
             logger.warning("image_path is ignored by task t2v")
         if not request.prompt.strip():
@@ -115,7 +119,9 @@ class Runner:
             velocity = guided(predict, request.guidance) if request.cfg else unguided(predict)
             result = denoise(latents, solver, velocity, advance)
         if not bool(torch.isfinite(result).all()):
-            raise LightX2VError("denoise", "the latents are not finite", do="use dtype bfloat16 or float32, or another mm_type")
+            raise LightX2VError(
+                "denoise", "the latents are not finite", do="use dtype bfloat16 or float32, or another mm_type"
+            )
         return result
 
     def metadata(self, request: Request) -> dict[str, str]:

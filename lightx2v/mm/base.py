@@ -85,6 +85,10 @@ class Library(Protocol):
         """How it will compute `scheme`, in a few words for the plan."""
         ...
 
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
+        """Bytes that each code of a weight takes on `device` once it is packed."""
+        ...
+
     def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
         """Pack codes [N, K] and their scale, once, on the device that they are on."""
         ...

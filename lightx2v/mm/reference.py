@@ -39,6 +39,9 @@ class Reference(TorchQuantize):
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         return "plain torch, slow"
 
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
+        return 1
+
     def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
         return Packed("reference", codes, scale, *codes.shape)
 

@@ -68,6 +68,11 @@ def choose(scheme: Scheme, n: int, k: int, device: DeviceInfo, fallback: bool, l
     )
 
 
+def code_bytes(plan: LayerPlan, device: DeviceInfo) -> int:
+    """Bytes per weight of a quantized layer on `device`, once its library has packed it."""
+    return LIBRARIES[plan.library].code_bytes(plan.scheme, device)
+
+
 @cache
 def _warn_once(message: str) -> None:
     logger.warning(message)

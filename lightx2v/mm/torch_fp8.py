@@ -30,6 +30,7 @@ class Bfloat16Channels:
 
     name = "bfloat16"
     words = "fp8 codes multiplied in bfloat16"
+    code_bytes = 2
     spec: QSpec = FP8_CHANNEL
 
     def supports(self, device: torch.device) -> str | None:
@@ -51,6 +52,7 @@ class Bfloat16Blocks:
 
     name = "bfloat16_blocks"
     words = "fp8 values multiplied in bfloat16"
+    code_bytes = 2
     spec: QSpec = FP8_BLOCK128
 
     def supports(self, device: torch.device) -> str | None:
@@ -77,6 +79,7 @@ class ScaledRows:
 
     name = "scaled_mm_rows"
     words = "torch._scaled_mm"
+    code_bytes = 1
 
     def supports(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, before it is tried."""
@@ -111,6 +114,7 @@ class ScaledBlocks:
 
     name = "scaled_mm_blocks"
     words = "torch.nn.functional.scaled_mm"
+    code_bytes = 1
 
     def supports(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, before it is tried."""

@@ -33,6 +33,7 @@ class OneDnn:
 
     name = "onednn"
     words = "oneDNN's int8 product"
+    code_bytes = 1
 
     def supports(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, before it is tried."""
@@ -56,6 +57,7 @@ class IntMM:
 
     name = "int_mm"
     words = "torch._int_mm"
+    code_bytes = 1
 
     def supports(self, device: torch.device) -> str | None:
         """Why it cannot run on `device`, before it is tried."""

@@ -29,6 +29,8 @@ class Method(Protocol):
 
     name: str
     words: str
+    code_bytes: int
+    """Bytes that a weight takes once it is packed."""
 
     def supports(self, device: torch.device) -> str | None: ...
     def pack(self, codes: Tensor, scale: Tensor) -> Packed: ...
@@ -65,6 +67,10 @@ class TorchNative(TorchQuantize):
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         method, _ = _choose(scheme, torch.device(device.torch_name))
         return method.words if method else "cannot compute it"
+
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
+        method, _ = _choose(scheme, torch.device(device.torch_name))
+        return method.code_bytes if method else 1
 
     def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
         method, reasons = _choose(scheme, codes.device)

@@ -11,7 +11,7 @@ from lightx2v.config.schema import MMRule
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.io.weights import Checkpoint, TensorInfo
 from lightx2v.mm.scheme import parse
-from lightx2v.mm.select import LayerPlan, match_rules, plan_layer
+from lightx2v.mm.select import LayerPlan, code_bytes, match_rules, plan_layer
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.spec import QSpec
 
@@ -56,7 +56,9 @@ def stored_scheme(tensors: Mapping[str, TensorInfo], names: Sequence[str]) -> st
 def _check_layer(layer: LayerPlan, tensors: Mapping[str, TensorInfo], auto_quant: bool, where: str) -> None:
     weight = tensors.get(f"{layer.name}.weight")
     if weight is None:
-        raise CheckpointError(where, f"tensor '{layer.name}.weight' is missing", do="check that this is the right checkpoint")
+        raise CheckpointError(
+            where, f"tensor '{layer.name}.weight' is missing", do="check that this is the right checkpoint"
+        )
     shape = (layer.out_features, layer.in_features)
     spec = layer.scheme.weight
     is_float = weight.dtype in FLOAT_DTYPES
@@ -64,27 +66,31 @@ def _check_layer(layer: LayerPlan, tensors: Mapping[str, TensorInfo], auto_quant
         if not is_float:
             raise CheckpointError(
                 where,
-                f"'{weight.name}' holds quantized weights ({weight.dtype}), and mm_type '{layer.mm_type}' reads float weights",
+                f"'{weight.name}' holds quantized weights ({weight.dtype}), mm_type '{layer.mm_type}' reads float ones",
                 do="give the file as the quantized checkpoint, with the mm_type that made it (or mm_type 'auto')",
             )
     elif spec.dtype not in STORED_DTYPE:
-        raise ConfigError("mm_config.mm_type", f"'{layer.mm_type}' cannot be loaded by this version", allowed="int8, fp8, fp8-b128")
+        raise ConfigError(
+            "mm_config.mm_type", f"'{layer.mm_type}' cannot be loaded by this version", allowed="int8, fp8, fp8-b128"
+        )
     elif is_float and not auto_quant:
         raise CheckpointError(
             where,
-            f"'{weight.name}' holds {weight.dtype} weights, and mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
+            f"'{weight.name}' holds {weight.dtype}, mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
             do="convert it first (lightx2v convert --quantized) or set weight_auto_quant to true",
         )
     elif not is_float:
         if weight.dtype != STORED_DTYPE[spec.dtype]:
             raise CheckpointError(
                 where,
-                f"'{weight.name}' holds {weight.dtype} weights, and mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
+                f"'{weight.name}' holds {weight.dtype}, mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
                 do="use the mm_type that the file was made for",
             )
         _check_scale(layer, spec, tensors, where)
     if weight.shape != shape:
-        raise CheckpointError(where, f"'{weight.name}' has shape {weight.shape}, the model wants {shape}", do="check config.json")
+        raise CheckpointError(
+            where, f"'{weight.name}' has shape {weight.shape}, the model wants {shape}", do="check config.json"
+        )
 
 
 def _check_scale(layer: LayerPlan, spec: QSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:
@@ -92,7 +98,9 @@ def _check_scale(layer: LayerPlan, spec: QSpec, tensors: Mapping[str, TensorInfo
     scale = tensors.get(f"{layer.name}.weight_scale")
     if scale is None:
         raise CheckpointError(
-            where, f"scale '{layer.name}.weight_scale' is missing", do="convert the checkpoint again; without its scales it is lost"
+            where,
+            f"scale '{layer.name}.weight_scale' is missing",
+            do="convert the checkpoint again; without its scales it is lost",
         )
     flat = (layer.out_features,)
     if scale.shape != wanted and not (spec.granularity == "channel" and scale.shape == flat):
@@ -131,10 +139,9 @@ def plan_component(
     )
     for layer in layers if check else ():
         _check_layer(layer, tensors, auto_quant, str(path))
-    quantized = {f"{layer.name}.weight" for layer in layers if layer.scheme.weight is not None}
+    packed = {f"{layer.name}.weight": code_bytes(layer, device) for layer in layers if layer.scheme.weight is not None}
     total = 0
     for tensor_name, tensor in tensors.items():
-        elements = math.prod(tensor.shape)
-        keeps_size = tensor_name in quantized or tensor.dtype not in FLOAT_DTYPES
-        total += elements if keeps_size else elements * (4 if tensor_name.endswith("_scale") else dtype_bytes)
+        width = 4 if tensor_name.endswith("_scale") else dtype_bytes
+        total += math.prod(tensor.shape) * packed.get(tensor_name, width)
     return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused))

@@ -61,9 +61,9 @@ def check_fits(estimate: MemoryEstimate, device: DeviceInfo, limit_gb: float | N
     if estimate.peak <= available:
         return
     stage = max(estimate.stages, key=lambda name: estimate.stages[name])
-    limit = "max_memory_gb" if limit_gb is not None else f"free on {device.name}"
+    limit = "is max_memory_gb" if limit_gb is not None else f"is free on {device.name}"
     raise UserError(
         "memory",
-        f"the plan needs about {human_bytes(estimate.peak)} at its peak ({stage}), and {human_bytes(available)} are {limit}",
-        do="set unload_modules, a quantized mm_type, a smaller video or fewer frames (lightx2v explain shows each stage)",
+        f"the plan needs about {human_bytes(estimate.peak)} at its peak ({stage}); {human_bytes(available)} {limit}",
+        do="set unload_modules, a quantized mm_type, a smaller video or fewer frames (see lightx2v explain)",
     )

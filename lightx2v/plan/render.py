@@ -25,11 +25,12 @@ def render(plan: Mapping[str, Any], device: DeviceInfo) -> str:
     """Lines of at most about 120 columns; `plan` is what `Plan.to_json` gives."""
     request, memory = plan["request"], dict(plan["memory"])
     guidance = f"guidance {request['guidance']:g}" if request["cfg"] else "no guidance (one pass a step)"
+    solver = f"{request['solver']}, {request['steps']} steps, shift {request['shift']:g}"
     lines = [
         f"{'model':<10} {plan['model_cls']} {plan['task']}, {plan['layout']} layout, {plan['model_path']}",
         f"{'device':<10} {device.torch_name} ({device.name}), {plan['dtype']}, {human_bytes(device.free_memory)} free",
         f"{'video':<10} {request['width']}x{request['height']}, {request['frames']} frames at {request['fps']} fps",
-        f"{'sampling':<10} {request['solver']}, {request['steps']} steps, shift {request['shift']:g}, {guidance}, seed {request['seed']}",
+        f"{'sampling':<10} {solver}, {guidance}, seed {request['seed']}",
         f"{'attention':<10} {plan['attention']['backend']}: {plan['attention']['reason']}",
     ]
     for name, part in plan["components"].items():

@@ -32,7 +32,7 @@ class Request:
 
 
 def build_request(config: Config, defaults: dict[str, Any]) -> Request:
-    """Fill what `config` leaves open from `defaults` (keys: steps, shift, guidance, solver, height, width, frames, fps).
+    """Fill what `config` leaves open from `defaults`, which has all of the keys below.
 
     A guidance of 1 means that the unconditional branch has no weight, so it is not computed.
     """
@@ -46,7 +46,7 @@ def build_request(config: Config, defaults: dict[str, Any]) -> Request:
         "guidance": config.sampling.guidance,
         "solver": config.sampling.solver,
     }
-    filled = {key: defaults[key] if value is None else value for key, value in chosen.items()}
+    filled: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in chosen.items()}
     wanted = config.sampling.cfg is None or config.sampling.cfg
     return Request(
         task=config.task,

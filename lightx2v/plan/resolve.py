@@ -132,9 +132,17 @@ def _plan_dit(config: Config, family: FamilySpec, files: Any, device: DeviceInfo
     rename = family.original_name
     _check_dit_tensors(module, checkpoint, rename, str(path))
     return plan_component(
-        "dit", checkpoint, path, linear_shapes(module, family),
-        rename=rename, mm_type=mm.mm_type, rules=mm.rules, auto_quant=mm.weight_auto_quant, fallback=mm.fallback,
-        device=device, dtype_bytes=DTYPE_BYTES[config.dtype],
+        "dit",
+        checkpoint,
+        path,
+        linear_shapes(module, family),
+        rename=rename,
+        mm_type=mm.mm_type,
+        rules=mm.rules,
+        auto_quant=mm.weight_auto_quant,
+        fallback=mm.fallback,
+        device=device,
+        dtype_bytes=DTYPE_BYTES[config.dtype],
     )
 
 
@@ -142,11 +150,15 @@ def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: 
     """Checkpoint and mm_type of an encoder. Without a path, LightX2V's two conventional places are looked at."""
     if not encoder.quantized:
         if encoder.quantized_ckpt is not None:
-            raise ConfigError(f"{name}.quantized_ckpt", f"is set while {name}.quantized is false", do=f"set {name}.quantized to true")
+            raise ConfigError(
+                f"{name}.quantized_ckpt", f"is set while {name}.quantized is false", do=f"set {name}.quantized to true"
+            )
         return original, "Default"
     scheme = encoder.quant_scheme
     if scheme is None:
-        raise ConfigError(f"{name}.quant_scheme", f"is missing while {name}.quantized is true", allowed="int8, fp8, fp8-b128, ...")
+        raise ConfigError(
+            f"{name}.quant_scheme", f"is missing while {name}.quantized is true", allowed="int8, fp8, fp8-b128, ..."
+        )
     if encoder.quantized_ckpt is not None:
         return Path(encoder.quantized_ckpt), scheme
     short = scheme.split("-")[0]
@@ -172,17 +184,30 @@ def _plan_encoder(
     # Quantized encoders come in the original layout; diffusers' own files are checked by name as they load.
     original_names = all(f"{layer}.weight" in checkpoint.tensors for layer in shapes)
     return plan_component(
-        name, checkpoint, path, shapes, check=original_names or mm_type != "Default",
-        rename=None, mm_type=mm_type, rules=(), auto_quant=False, fallback=config.mm_config.fallback, device=device,
+        name,
+        checkpoint,
+        path,
+        shapes,
+        check=original_names or mm_type != "Default",
+        rename=None,
+        mm_type=mm_type,
+        rules=(),
+        auto_quant=False,
+        fallback=config.mm_config.fallback,
+        device=device,
         dtype_bytes=DTYPE_BYTES[config.dtype],
     )
 
 
-def _memory(config: Config, files: Any, request: Request, family: FamilySpec, parts: Mapping[str, ComponentPlan]) -> MemoryEstimate:
+def _memory(
+    config: Config, files: Any, request: Request, family: FamilySpec, parts: Mapping[str, ComponentPlan]
+) -> MemoryEstimate:
     _, t, h, w = family.latent_shape(request.height, request.width, request.frames)
     patch = family.patch_size
     vae = Checkpoint.open(files.require("vae"))
-    first = next((i for n, i in vae.tensors.items() if n.endswith(("encoder.conv1.weight", "encoder.conv_in.weight"))), None)
+    first = next(
+        (i for n, i in vae.tensors.items() if n.endswith(("encoder.conv1.weight", "encoder.conv_in.weight"))), None
+    )
     weights = {name: part.weight_bytes for name, part in parts.items()}
     weights["vae"] = sum(math.prod(info.shape) * 4 for info in vae.tensors.values() if info.dtype in FLOAT_DTYPES)
     return estimate(

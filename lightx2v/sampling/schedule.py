@@ -54,7 +54,9 @@ class Solver:
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """Latents after step `index`, from the predicted `velocity`; float32, shape unchanged."""
-        latents = self._scheduler.step(velocity.float(), self._scheduler.timesteps[index], latents, return_dict=False)[0]
+        latents = self._scheduler.step(velocity.float(), self._scheduler.timesteps[index], latents, return_dict=False)[
+            0
+        ]
         return latents.float()
 
 

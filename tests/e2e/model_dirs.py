@@ -31,8 +31,15 @@ __all__ = ["SHIFT", "build_pipeline", "clip_original", "t5_original", "vae_origi
 def random_dit(task: str) -> WanDiT:
     """A DiT whose widths fit the tiny encoders (text 32, image 160)."""
     arch = WanArch(
-        dim=128, ffn_dim=256, num_heads=4, num_layers=2, in_dim=36 if task == "i2v" else 16, freq_dim=32, text_dim=32,
-        image_dim=160, model_type=task,
+        dim=128,
+        ffn_dim=256,
+        num_heads=4,
+        num_layers=2,
+        in_dim=36 if task == "i2v" else 16,
+        freq_dim=32,
+        text_dim=32,
+        image_dim=160,
+        model_type=task,
     )
     with torch.random.fork_rng():
         torch.manual_seed(3)

@@ -42,8 +42,19 @@ def run(capsys: Capture, *arguments: str) -> tuple[int, str]:
 def generate(capsys: Capture, model: Path, out: Path, *arguments: str, task: str = "t2v") -> tuple[int, str]:
     """Run the tiny model at its smallest on the CPU."""
     return run(
-        capsys, "--model_path", str(model), "--task", task, "--device", "cpu", "--prompt", "a red circle",
-        "--save_result_path", str(out), *SMALL, *arguments,
+        capsys,
+        "--model_path",
+        str(model),
+        "--task",
+        task,
+        "--device",
+        "cpu",
+        "--prompt",
+        "a red circle",
+        "--save_result_path",
+        str(out),
+        *SMALL,
+        *arguments,
     )
 
 
@@ -144,7 +155,13 @@ SCALE = "blocks.0.ffn.0.weight_scale"
     ids=["missing scale", "scale shape", "int8 under fp8", "fp8 as original", "channel under block128"],
 )
 def test_checkpoint_that_does_not_fit_the_scheme(
-    capsys: Capture, tmp_path: Path, models: dict[str, Path], stored: str, mm_type: str, change: Any, parts: tuple[str, ...]
+    capsys: Capture,
+    tmp_path: Path,
+    models: dict[str, Path],
+    stored: str,
+    mm_type: str,
+    change: Any,
+    parts: tuple[str, ...],
 ) -> None:
     out = tmp_path / "out" / "v.mp4"
     file = quantized(models["t2v"], tmp_path / "dit.safetensors", stored, change)

@@ -25,9 +25,16 @@ def picture(height: int, width: int) -> Image.Image:
 def diffusers_frames(task: str, height: int, width: int, frames: int) -> np.ndarray:
     extra: dict[str, Any] = {"image": picture(height, width)} if task == "i2v" else {}
     result = build_pipeline(task)(
-        prompt=PROMPT, negative_prompt=NEGATIVE, height=height, width=width, num_frames=frames,
-        num_inference_steps=STEPS, guidance_scale=GUIDANCE, generator=torch.Generator().manual_seed(SEED),
-        output_type="np", **extra,
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=height,
+        width=width,
+        num_frames=frames,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        generator=torch.Generator().manual_seed(SEED),
+        output_type="np",
+        **extra,
     )
     return np.asarray(result.frames[0]) * 255
 
@@ -35,15 +42,27 @@ def diffusers_frames(task: str, height: int, width: int, frames: int) -> np.ndar
 @pytest.mark.parametrize("layout", ["original", "diffusers"])
 @pytest.mark.parametrize("task", ["t2v", "i2v"])
 @pytest.mark.parametrize(("height", "width", "frames"), [(64, 48, 9), (32, 80, 5)])
-def test_pipeline_matches_diffusers(tmp_path: Path, task: str, layout: str, height: int, width: int, frames: int) -> None:
+def test_pipeline_matches_diffusers(
+    tmp_path: Path, task: str, layout: str, height: int, width: int, frames: int
+) -> None:
     model = write_model(tmp_path / "model", task, layout)
     image_path = tmp_path / "first.png"
     picture(height, width).save(image_path)
     overrides = {
-        "task": task, "model_path": str(model), "device": "cpu", "dtype": "float32", "prompt": PROMPT,
-        "negative_prompt": NEGATIVE, "seed": SEED, "image_path": str(image_path) if task == "i2v" else None,
-        "video.height": height, "video.width": width, "video.frames": frames, "sampling.steps": STEPS,
-        "sampling.guidance": GUIDANCE, "sampling.shift": SHIFT,
+        "task": task,
+        "model_path": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "prompt": PROMPT,
+        "negative_prompt": NEGATIVE,
+        "seed": SEED,
+        "image_path": str(image_path) if task == "i2v" else None,
+        "video.height": height,
+        "video.width": width,
+        "video.frames": frames,
+        "sampling.steps": STEPS,
+        "sampling.guidance": GUIDANCE,
+        "sampling.shift": SHIFT,
     }
     ours = LightX2VPipeline.from_config(load_config(None, overrides, [])).generate(quiet=True).astype(np.float64)
     theirs = diffusers_frames(task, height, width, frames)

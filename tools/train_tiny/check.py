@@ -1,6 +1,6 @@
 """How far training is: sample prompts with the averaged weights and let the detector judge.
 
-    python -m tools.train_tiny.check --work DIR --task t2v --count 48
+python -m tools.train_tiny.check --work DIR --task t2v --count 48
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ class ClipResample(nn.Module):
         y = self.layer.resample(x.transpose(1, 2).reshape(b * t, c, h, w))
         x = y.view(b, t, *y.shape[1:]).transpose(1, 2)
         if self.layer.mode == "downsample3d" and t > 1:
-            x = torch.cat([x[:, :, :1], F.conv3d(x, self.layer.time_conv.weight, self.layer.time_conv.bias, (2, 1, 1))], 2)
+            x = torch.cat(
+                [x[:, :, :1], F.conv3d(x, self.layer.time_conv.weight, self.layer.time_conv.bias, (2, 1, 1))], 2
+            )
         return x
 
 

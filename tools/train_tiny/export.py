@@ -75,7 +75,9 @@ def split_by_prefix(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The CLIP tower under its original names, with q, k and v in one tensor as there."""
-    plain = {name.removeprefix("vision_model."): value for name, value in state.items() if not name.endswith("position_ids")}
+    plain = {
+        name.removeprefix("vision_model."): value for name, value in state.items() if not name.endswith("position_ids")
+    }
     out: dict[str, Tensor] = {}
     for name, value in plain.items():
         original = CLIP.to_original(name)
@@ -83,7 +85,9 @@ def clip_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             raise SystemExit(f"no original name for {name}")
         if ".to_qkv." in original:
             if ".q_proj." in name:
-                out[original] = torch.cat([plain[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")])
+                out[original] = torch.cat(
+                    [plain[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+                )
             continue
         if original == "visual.cls_embedding":
             value = value.reshape(1, 1, -1)

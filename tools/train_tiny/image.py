@@ -1,4 +1,4 @@
-"""tiny-wan's image encoder: a CLIP vision tower of three layers over 64x64 pictures, of which Wan reads the last but one."""
+"""tiny-wan's image encoder: a CLIP vision tower of three layers over 64x64 pictures; Wan reads the last but one."""
 
 from __future__ import annotations
 

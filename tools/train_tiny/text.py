@@ -27,7 +27,9 @@ def write_tokenizer(folder: Path) -> None:
     """Save a word-level tokenizer that `AutoTokenizer` opens; case and punctuation do not matter."""
     words = vocabulary()
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFKC(), normalizers.Lowercase(), normalizers.Replace(",", " "), normalizers.Replace(".", " ")]
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +44,14 @@ def build_text_encoder() -> UMT5EncoderModel:
     """A UMT5 encoder, width 128, 2 layers, 4 heads of 32."""
     return UMT5EncoderModel(
         UMT5Config(
-            vocab_size=64, d_model=128, d_kv=32, d_ff=256, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu", dropout_rate=0.0
+            vocab_size=64,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
         )
     )
 

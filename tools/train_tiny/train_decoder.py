@@ -21,7 +21,7 @@ from tools.train_tiny.checkpoint import load_state, save_state
 from tools.train_tiny.train_dit import encode_world, trained_vae
 from tools.train_tiny.train_vae import LATENT_NOISE
 
-STEPS, BATCH, LR = 1600, 2, 3e-4
+STEPS, BATCH, LR = 1200, 2, 3e-4
 
 
 def decoder_state(vae: nn.Module) -> dict[str, Tensor]:

@@ -141,10 +141,8 @@ def initialize(model: Model, work: Path) -> None:
 
 
 @torch.no_grad()
-def encode_first_frames(
-    work: Path, scenes: list[world.Scene], raw: Tensor, keep: bool = True
-) -> tuple[Tensor, Tensor]:
-    """First frames [N, 3, 64, 64] and their conditions [N, 20, 5, 8, 8]: mask, then normalized latents of frame + gray."""
+def encode_first_frames(work: Path, scenes: list[world.Scene], raw: Tensor, keep: bool = True) -> tuple[Tensor, Tensor]:
+    """First frames [N, 3, 64, 64] and their conditions [N, 20, 5, 8, 8]: mask, then latents of frame and gray."""
     frames = torch.cat([world.render([scene])[:, :, 0] for scene in scenes])
     path = work / f"first{len(scenes)}.pt"
     saved = load_state(path) if keep else None
@@ -188,7 +186,9 @@ def train(work: Path, task: str, repeats: int = 8, seed: int = 0, device: str = 
         model.text_encoder.requires_grad_(False)  # both tasks share the text encoder that came with t2v
     model.to(device)
     average = copy.deepcopy(model).requires_grad_(False)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=run.lr, betas=(0.9, 0.99), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=run.lr, betas=(0.9, 0.99), weight_decay=0.01
+    )
     state, begin = load_state(work / f"{task}.pt"), 0
     if state is not None:
         model.load_state_dict(state["model"])
@@ -228,7 +228,12 @@ def train(work: Path, task: str, repeats: int = 8, seed: int = 0, device: str = 
             print(f"{task} {step + 1}/{run.steps} loss {mean:.4f} {time.perf_counter() - began:.0f} s", flush=True)
             save_state(
                 work / f"{task}.pt",
-                {"model": model.state_dict(), "ema": average.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1},
+                {
+                    "model": model.state_dict(),
+                    "ema": average.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "step": step + 1,
+                },
             )
     return average
 

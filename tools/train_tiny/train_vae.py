@@ -117,7 +117,8 @@ def train(work: Path, stages: tuple[Stage, ...] = STAGES, seed: int = 0) -> Auto
             step += 1
             if step % 250 == 0 or step == stage.steps:
                 seconds = time.perf_counter() - began
-                print(f"{stage.name} {step}/{stage.steps} loss {loss.item():.5f} psnr {psnr(vae, held_out):.2f} dB {seconds:.0f} s", flush=True)
+                quality = f"loss {loss.item():.5f} psnr {psnr(vae, held_out):.2f} dB"
+                print(f"{stage.name} {step}/{stage.steps} {quality} {seconds:.0f} s", flush=True)
                 save_state(
                     work / "vae.pt",
                     {"model": vae.state_dict(), "optimizer": optimizer.state_dict(), "stage": index, "step": step},

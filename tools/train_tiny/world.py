@@ -19,7 +19,11 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "orange": (245, 130, 25),
 }
 SHAPES = ("circle", "square", "triangle")
-BACKGROUNDS: dict[str, tuple[int, int, int]] = {"black": (12, 12, 12), "white": (243, 243, 243), "gray": (128, 128, 128)}
+BACKGROUNDS: dict[str, tuple[int, int, int]] = {
+    "black": (12, 12, 12),
+    "white": (243, 243, 243),
+    "gray": (128, 128, 128),
+}
 MOTIONS = ("moves left", "moves right", "moves up", "moves down", "grows", "shrinks", "stays still")
 
 #: Travel of a moving shape over the whole clip, as a share of the picture's side.
