@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from loguru import logger
@@ -59,8 +60,28 @@ def pipeline_of(config: Config) -> LightX2VPipeline:
     return LightX2VPipeline.from_config(config)
 
 
-def generator(pipe: LightX2VPipeline) -> Generate:
-    return lambda prompt, seed: pipe.generate(prompt=prompt, seed=seed, quiet=True)
+def generator(pipe: LightX2VPipeline, first_frame: Callable[[str, int], str] | None = None) -> Generate:
+    """Prompt and seed to frames; image-to-video starts from the picture that `first_frame` gives the path of."""
+    if first_frame is None:
+        return lambda prompt, seed: pipe.generate(prompt=prompt, seed=seed, quiet=True)
+    return lambda prompt, seed: pipe.generate(
+        prompt=prompt, seed=seed, image_path=first_frame(prompt, seed), quiet=True
+    )
+
+
+def first_frames(config: Config, folder: Path) -> Callable[[str, int], str]:
+    """Pictures for image-to-video: the first frames that the same model, unquantized, makes for task t2v."""
+    pipe = pipeline_of(unquantized(config).model_copy(update={"task": "t2v"}))
+
+    def path_of(prompt: str, seed: int) -> str:
+        path = folder / f"{seed}.png"
+        if not path.exists():
+            from lightx2v.io.media import write_result
+
+            write_result(pipe.generate(prompt=prompt, seed=seed, quiet=True)[:1], str(path), SHEET_FPS, {})
+        return str(path)
+
+    return path_of
 
 
 def save_wrong(folder: Path) -> Callable[[Result, Clip], None]:
@@ -88,24 +109,24 @@ def main(argv: Sequence[str] | None = None, prog: str = "lightx2v eval") -> int:
     if args.prompts < 1:
         raise ConfigError("--prompts", f"{args.prompts}", allowed="1 or more")
     config = load_config(args.config_json, {}, args.set)
-    if config.task != "t2v":
-        raise ConfigError("task", f"the suite {args.suite} has prompts and no images", allowed="t2v")
     compared = unquantized(config)
     with_reference = args.reference if args.reference is not None else compared != config
     pipe = pipeline_of(config)
-    reference = generator(pipeline_of(compared)) if with_reference else None
+    reference_pipe = pipeline_of(compared) if with_reference else None
     lpips, reason = load_lpips() if with_reference else (None, "")
     if reason:
         logger.info("no LPIPS: {}", reason)
     save = save_wrong(Path(args.save)) if args.save else None
-    with tqdm(total=args.prompts, desc=args.suite, unit="clip") as bar:
+    with tqdm(total=args.prompts, desc=args.suite, unit="clip") as bar, TemporaryDirectory() as folder:
+        image = first_frames(config, Path(folder)) if config.task == "i2v" else None
+        reference = generator(reference_pipe, image) if reference_pipe is not None else None
 
         def on_clip(result: Result, clip: Clip) -> None:
             bar.update()
             if save is not None:
                 save(result, clip)
 
-        report = run_suite(generator(pipe), args.prompts, args.seed, reference, lpips=lpips, on_clip=on_clip)
+        report = run_suite(generator(pipe, image), args.prompts, args.seed, reference, lpips=lpips, on_clip=on_clip)
     if args.json:
         head = {"suite": args.suite, "seed": args.seed, "mm_type": config.mm_config.mm_type, "plan": pipe.plan.hash}
         print(json.dumps(head | report.to_json(), indent=2))

@@ -103,7 +103,8 @@ class FakePipeline:
     def __init__(self, wrong: bool) -> None:
         self.wrong = wrong
 
-    def generate(self, prompt: str, seed: int, quiet: bool) -> np.ndarray:
+    def generate(self, prompt: str, seed: int, quiet: bool, image_path: str | None = None) -> np.ndarray:
+        assert image_path is None or Path(image_path).is_file()
         return (red_clip if self.wrong else right_clip)(prompt, seed)
 
 
@@ -140,7 +141,12 @@ def test_the_unquantized_configuration_is_not_compared(built: list[str], capsys:
     assert "100.0%" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--set", "task=i2v"], ["--set", "mm_config.mm_typ=int8"]])
+def test_image_to_video_starts_from_text_to_videos_first_frames(built: list[str]) -> None:
+    assert main(["eval", "--prompts", "2", "--set", "task=i2v", "--set", "mm_config.mm_type=int8"]) == 0
+    assert built == ["int8", "Default", "Default"]
+
+
+@pytest.mark.parametrize("arguments", [["--prompts", "0"], ["--set", "mm_config.mm_typ=int8"]])
 def test_wrong_arguments_exit_with_2(arguments: list[str], built: list[str]) -> None:
     assert main(["eval", *arguments]) == 2
     assert not built
