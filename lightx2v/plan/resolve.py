@@ -233,6 +233,9 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     files = family.detect(config.model_path if config.model_path is not None else EMBEDDED, config.task)
     request = build_request(config, family.load_defaults(files, config.task))
     family.check_size(request.height, request.width, request.frames)
+    limit = files.arch.text_len
+    if config.text_len is not None and config.text_len > limit:
+        raise ConfigError("text_len", f"{config.text_len} is more than this model reads", allowed=f"at most {limit}")
     if config.task == "i2v" and request.image_path is not None:
         read_image(request.image_path)
     components = {"dit": _plan_dit(config, family, files, device)}
