@@ -1,4 +1,4 @@
-"""The embedded model through the Python API: prompts decide the picture, quantization keeps it, settings take effect."""
+"""The embedded model through the Python API: prompts decide the picture, quantization keeps it, settings count."""
 
 from __future__ import annotations
 
