@@ -6,3 +6,10 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the tensors of tests are too small to be worth sharing out
 os.environ["HF_HUB_OFFLINE"] = "1"  # a test that needs the network is a mistake
+
+from hypothesis import settings
+
+# The same examples in every run of CI, so that a red run is the change's fault; new ones on a developer's machine.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")

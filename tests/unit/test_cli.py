@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 import types
@@ -198,7 +199,7 @@ def test_exit_codes_and_tracebacks(
 
 
 def test_reader_that_stops_early_is_no_error() -> None:
-    command = f"{sys.executable} -m lightx2v schema | true"
+    command = f"{shlex.quote(sys.executable)} -m lightx2v schema | true"
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ""
 
 
