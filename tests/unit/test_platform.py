@@ -11,7 +11,7 @@ import pytest
 
 from lightx2v import platform
 from lightx2v.errors import ConfigError
-from lightx2v.platform import DeviceInfo, install_hint, list_devices, peak_memory, probe, select_device
+from lightx2v.platform import DeviceInfo, install_hint, list_devices, probe, select_device
 
 GPU = DeviceInfo("cuda", 0, "H", (9, 0), 80, 10)
 OTHER_GPU = DeviceInfo("cuda", 1, "H", (9, 0), 80, 70)
@@ -113,13 +113,20 @@ def test_install_hints() -> None:
 
 
 def test_cpu_peak_memory_sees_an_allocation() -> None:
-    cpu = select_device("cpu")
-    platform.synchronize(cpu)
-    platform.empty_cache(cpu)
-    platform.reset_peak_memory(cpu)
-    before = peak_memory(cpu)
-    block = b"x" * 2**26
-    assert peak_memory(cpu) >= before + len(block) // 2
+    """In a process of its own: what other tests have freed could serve the allocation."""
+    code = """
+from lightx2v.platform import peak_memory, reset_peak_memory, select_device
+cpu = select_device("cpu")
+large = b"x" * 2**27
+del large
+reset_peak_memory(cpu)
+before = peak_memory(cpu)
+block = b"x" * 2**26
+print(before, peak_memory(cpu))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    assert 2**25 <= after - before <= 2**27
 
 
 def test_import_needs_no_torch() -> None:
