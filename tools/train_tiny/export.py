@@ -25,7 +25,7 @@ from tools.train_tiny.checkpoint import load_state
 from tools.train_tiny.train_dit import architecture, latent_statistics, trained_vae
 
 DEFAULTS = {
-    "t2v": {"steps": 20, "shift": 3.0, "guidance": 4.0, "height": 64, "width": 64, "frames": 17, "fps": 8},
+    "t2v": {"steps": 20, "shift": 3.0, "guidance": 1.5, "height": 64, "width": 64, "frames": 17, "fps": 8},
     "i2v": {"steps": 20, "shift": 3.0, "guidance": 2.0, "height": 64, "width": 64, "frames": 17, "fps": 8},
 }
 T5_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
