@@ -6,22 +6,20 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from loguru import logger
 from torch import Tensor, nn
 
 from lightx2v import platform
-from lightx2v.encoders.clip_vision import ImageEncoder, load_clip
-from lightx2v.encoders.umt5 import TextEncoder, load_text_encoder
+from lightx2v.encoders.clip_vision import load_clip
+from lightx2v.encoders.umt5 import load_text_encoder
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.linear import swap_linears
 from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
-from lightx2v.vae.wan import WanVAE, load_vae
-
-P = TypeVar("P")
+from lightx2v.vae.wan import load_vae
 
 
 def load_dit(plan: Plan) -> nn.Module:
@@ -94,6 +92,3 @@ class Components:
         if self._loaded.pop(name, None) is not None:
             gc.collect()
             platform.empty_cache(self.plan.device)
-
-
-__all__ = ["Components", "ImageEncoder", "TextEncoder", "WanVAE", "load_dit"]
