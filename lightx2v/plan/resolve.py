@@ -20,6 +20,7 @@ from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.io.media import check_result_path, read_image
 from lightx2v.io.weights import Checkpoint
+from lightx2v.mm.scheme import parse
 from lightx2v.models.spec import FAMILIES, FamilySpec
 from lightx2v.plan.layers import FLOAT_DTYPES, ComponentPlan, plan_component
 from lightx2v.plan.memory import MemoryEstimate, check_fits, estimate
@@ -123,11 +124,22 @@ def _check_dit_tensors(module: nn.Module, checkpoint: Checkpoint, rename: Callab
             )
 
 
+def _dit_checkpoint(config: Config, files: Any) -> Path:
+    """The DiT's weights: the quantized checkpoint, LightX2V's usual place for one, or the model's own."""
+    if config.dit_quantized_ckpt is not None:
+        return Path(config.dit_quantized_ckpt)
+    mm = config.mm_config
+    spec = None if mm.mm_type == "auto" or mm.weight_auto_quant else parse(mm.mm_type).weight
+    if spec is not None and (folder := files.root / spec.dtype).is_dir():
+        return Path(folder)
+    return Path(files.require("dit"))
+
+
 def _plan_dit(config: Config, family: FamilySpec, files: Any, device: DeviceInfo) -> ComponentPlan:
     mm = config.mm_config
     with torch.device("meta"):
         module = family.build_dit(files.arch)
-    path = Path(config.dit_quantized_ckpt) if config.dit_quantized_ckpt else files.require("dit")
+    path = _dit_checkpoint(config, files)
     checkpoint = Checkpoint.open(path)
     rename = family.original_name
     _check_dit_tensors(module, checkpoint, rename, str(path))

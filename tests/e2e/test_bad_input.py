@@ -178,6 +178,15 @@ def test_fp8_file_as_the_model_itself(capsys: Capture, tmp_path: Path) -> None:
     assert_nothing_written(out)
 
 
+def test_quantized_weights_in_their_usual_place_are_found(capsys: Capture, tmp_path: Path) -> None:
+    model, out = write_model(tmp_path / "m", "t2v", "original"), tmp_path / "out" / "v.png"
+    (model / "int8").mkdir()
+    quantized(model, model / "int8" / "x.safetensors", "int8")
+    code, err = generate(capsys, model, out, "--set", "mm_config.mm_type=int8")
+    assert code == 0, err
+    assert str(model / "int8") in err
+
+
 class Payload:
     def __reduce__(self) -> tuple[Any, ...]:
         return (open, ("ran.txt", "w"))
