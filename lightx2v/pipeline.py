@@ -9,6 +9,7 @@ frames = pipe.generate(seed=42, prompt="a cat on the grass", save_result_path="c
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from lightx2v.errors import ConfigError
 from lightx2v.io.media import check_result_path, write_result
 from lightx2v.plan import Plan, resolve
 from lightx2v.platform import select_device
-from lightx2v.runner import Runner, with_changes
+from lightx2v.runner import Runner
 from lightx2v.sampling.loop import Progress
 from lightx2v.timing import StageTimer
 
@@ -159,7 +160,7 @@ class LightX2VPipeline:
 
         What is not given comes from the configuration. Raises ConfigError for values that do not fit the model.
         """
-        given = {
+        given: dict[str, Any] = {
             "prompt": prompt,
             "negative_prompt": negative_prompt,
             "seed": seed,
@@ -172,7 +173,7 @@ class LightX2VPipeline:
             "frames": frames,
             "fps": fps,
         }
-        request = with_changes(self.plan.request, {key: value for key, value in given.items() if value is not None})
+        request = replace(self.plan.request, **{key: value for key, value in given.items() if value is not None})
         if save_result_path is not None:
             check_result_path(save_result_path)
         pictures = self.runner.run(request, callback, quiet)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -164,9 +162,3 @@ def generate(config: Config) -> Path:
         path = write_result(frames, config.save_result_path, plan.request.fps, runner.metadata(plan.request))
     logger.info("done:\n{}", runner.timer.table())
     return path
-
-
-def with_changes(request: Request, changes: dict[str, Any]) -> Request:
-    """`request` with the given fields replaced; guidance 1 switches classifier-free guidance off."""
-    changed = replace(request, **changes)
-    return replace(changed, cfg=False) if changed.guidance == 1.0 else changed

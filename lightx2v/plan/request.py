@@ -24,18 +24,20 @@ class Request:
     steps: int
     shift: float
     guidance: float
-    cfg: bool
+    cfg_enabled: bool
     solver: str
 
+    @property
+    def cfg(self) -> bool:
+        """Whether the unconditional branch runs; with a guidance of 1 it would have no weight."""
+        return self.cfg_enabled and self.guidance != 1.0
+
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "cfg": self.cfg}
 
 
 def build_request(config: Config, defaults: dict[str, Any]) -> Request:
-    """Fill what `config` leaves open from `defaults`, which has all of the keys below.
-
-    A guidance of 1 means that the unconditional branch has no weight, so it is not computed.
-    """
+    """Fill what `config` leaves open from `defaults`, which has all of the keys below."""
     chosen = {
         "height": config.video.height,
         "width": config.video.width,
@@ -47,13 +49,12 @@ def build_request(config: Config, defaults: dict[str, Any]) -> Request:
         "solver": config.sampling.solver,
     }
     filled: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in chosen.items()}
-    wanted = config.sampling.cfg is None or config.sampling.cfg
     return Request(
         task=config.task,
         prompt=config.prompt,
         negative_prompt=config.negative_prompt,
         image_path=config.image_path,
         seed=config.seed,
-        cfg=wanted and filled["guidance"] != 1.0,
+        cfg_enabled=config.sampling.cfg is None or config.sampling.cfg,
         **filled,
     )

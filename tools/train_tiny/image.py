@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 WIDTH, HEADS, SIZE, PATCH = 128, 2, 64, 8
@@ -28,11 +27,9 @@ def build_image_encoder() -> CLIPVisionModel:
 
 
 def encode(encoder: CLIPVisionModel, pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] -> tokens [B, 65, 128]."""
+    """[B, 3, SIZE, SIZE] in [-1, 1] -> tokens [B, 65, 128]."""
     mean = pictures.new_tensor(MEAN)[:, None, None]
     std = pictures.new_tensor(STD)[:, None, None]
-    if pictures.shape[-1] != SIZE:
-        pictures = F.interpolate(pictures, (SIZE, SIZE), mode="bicubic", antialias=True)
     hidden = encoder(pixel_values=((pictures + 1) / 2 - mean) / std, output_hidden_states=True).hidden_states
     tokens: Tensor = hidden[-2]
     return tokens
