@@ -19,7 +19,8 @@ from lightx2v.sampling.loop import denoise, guided
 from lightx2v.sampling.schedule import Solver, initial_noise
 from tools.train_tiny import clip_vae, world
 from tools.train_tiny.checkpoint import load_state
-from tools.train_tiny.train_dit import SHIFT, Model, encode_first_frames, latent_statistics, trained_vae
+from tools.train_tiny.latents import encode_first_frames, latent_statistics, trained_vae
+from tools.train_tiny.train_dit import SHIFT, Model
 
 ATTRIBUTES = ("color", "background", "shape", "motion")
 

@@ -22,7 +22,8 @@ from lightx2v.io.weights import write_safetensors
 from lightx2v.vae.keymap import layer_names, rename
 from tools.train_tiny import clip_vae, text
 from tools.train_tiny.checkpoint import load_state
-from tools.train_tiny.train_dit import architecture, latent_statistics, trained_vae
+from tools.train_tiny.latents import latent_statistics, trained_vae
+from tools.train_tiny.train_dit import architecture
 
 DEFAULTS = {
     "t2v": {"steps": 20, "shift": 3.0, "guidance": 1.5, "height": 64, "width": 64, "frames": 17, "fps": 8},

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from tools.train_tiny import clip_vae, world
 from tools.train_tiny.checkpoint import load_state, save_state
-from tools.train_tiny.train_dit import encode_world, trained_vae
+from tools.train_tiny.latents import encode_world, trained_vae
 from tools.train_tiny.train_vae import LATENT_NOISE
 
 STEPS, BATCH, LR = 1200, 2, 3e-4
