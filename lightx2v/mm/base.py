@@ -5,7 +5,7 @@ Shapes: M tokens, K input channels, N output channels; weights are [N, K] in che
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -19,6 +19,8 @@ from lightx2v.quant.numerics import Quantized, quantize_activation, rounding_of
 from lightx2v.quant.spec import QSpec
 
 Numerics = tuple[QSpec | None, QSpec | None]
+Leaves = Mapping[str, Tensor]
+"""The tensors of one quantized weight by their last name in a checkpoint: `weight`, `weight_scale`, and so on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +44,21 @@ class Caps:
 
 
 class Packed(nn.Module):
-    """A weight as the kernel `method` of a library wants it. Its buffers move between devices and keep their dtype."""
+    """A weight [n, k] as the kernel `method` of a library wants it; its buffers keep their dtype when moved."""
 
     weight: Tensor
     scale: Tensor
 
-    def __init__(self, method: str, weight: Tensor, scale: Tensor, n: int, k: int) -> None:
+    def __init__(self, method: str, n: int, k: int, **buffers: Tensor) -> None:
         super().__init__()
         self.method, self.n, self.k = method, n, k
-        self.register_buffer("weight", weight, persistent=False)
-        self.register_buffer("scale", scale, persistent=False)
+        for name, tensor in buffers.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the packed weight and its scales."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.weight, self.scale))
+        """Bytes of the packed weight with its scales."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         # Module.to(dtype) counts fp8 codes and float32 scales among the floating-point tensors that it may round.
@@ -89,27 +91,39 @@ class Library(Protocol):
         """Bytes that each code of a weight takes on `device` once it is packed."""
         ...
 
-    def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
-        """Pack codes [N, K] and their scale, once, on the device that they are on."""
+    def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
+        """Pack the tensors that `quant.formats` lists for the scheme's weight, once, on the device they are on."""
         ...
 
-    def unpack(self, scheme: Scheme, packed: Packed) -> Quantized:
-        """The codes and scale that `prepare` was given."""
+    def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
+        """The tensors that `prepare` was given."""
         ...
 
-    def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
-        """Quantize activations [M, K] into what `gemm` of this library takes."""
+    def quantize(self, scheme: Scheme, x: Tensor, packed: Packed) -> Quantized:
+        """Quantize activations [M, K] into what `gemm` takes; `packed` has the scales of a static scheme."""
         ...
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """x @ weight.T + bias as [M, N], for M > 0. `bias` is float32 [N]."""
         ...
 
+    def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """`quantize` and `gemm` in one, for x [M, K] with M > 0: [M, N] in the dtype of x."""
+        ...
 
-class TorchQuantize:
+
+class TwoSteps:
+    """`linear` for a library that has no kernel for both steps in one."""
+
+    def linear(self: Library, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        """Quantize, then multiply."""
+        return self.gemm(scheme, self.quantize(scheme, x, packed), packed, bias, x.dtype)
+
+
+class TorchQuantize(TwoSteps):
     """Activations quantized in torch, with the rounding of the library that the scheme names."""
 
-    def quantize(self, scheme: Scheme, x: Tensor) -> Quantized:
+    def quantize(self, scheme: Scheme, x: Tensor, packed: Packed) -> Quantized:
         """Codes and scales of the activations [M, K], where K is filled up with zeros to whole groups.
 
         Inductor (torch 2.13, CPU) computes k // 128 wrongly in a loop whose length is no multiple of 128.

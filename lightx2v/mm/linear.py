@@ -15,7 +15,7 @@ from lightx2v.mm.custom import CustomLinear
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.select import LayerPlan
-from lightx2v.quant.numerics import CODE_DTYPES, quantize_weight
+from lightx2v.quant.formats import leaves_of, quantize_leaves
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -32,8 +32,6 @@ class QuantLinear(nn.Module):
     `finish` packs them: from then on only the packed form of the library is held, and `state_dict` unpacks it.
     """
 
-    weight: Tensor | None
-    weight_scale: Tensor | None
     bias: Tensor | None
 
     def __init__(
@@ -53,14 +51,10 @@ class QuantLinear(nn.Module):
         self.scheme, self.library, self.weight_auto_quant, self.name = scheme, library, weight_auto_quant, name
         self.spec = scheme.weight
         self.kernels = LIBRARIES[library]
-        shapes = {
-            "weight": ((out_features, in_features), CODE_DTYPES[self.spec.dtype]),
-            "weight_scale": (self.spec.scale_shape(out_features, in_features), torch.float32),
-            "bias": ((out_features,), torch.float32),
-        }
-        for leaf, (shape, leaf_dtype) in shapes.items():
-            held = torch.empty(shape, dtype=leaf_dtype, device="meta") if leaf != "bias" or bias else None
-            self.register_buffer(leaf, held)
+        self.leaves = leaves_of(self.spec, out_features, in_features)
+        for leaf, stored in self.leaves.items():
+            self.register_buffer(leaf, torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
         self.packed: Packed | None = None
         self._arrived: set[str] = set()
 
@@ -90,13 +84,12 @@ class QuantLinear(nn.Module):
             raise CheckpointError(self.name, "'weight_scale' holds inf or NaN", do="convert the checkpoint again")
 
     def _load_weight(self, tensor: Tensor) -> None:
-        wanted = CODE_DTYPES[self.spec.dtype]
+        wanted = self.leaves["weight"].dtype
         if tensor.dtype in _FLOATS and self.weight_auto_quant:
-            codes, scale = quantize_weight(tensor, self.spec)
             if "weight_scale" in self._arrived:
                 raise CheckpointError(self.name, "has a 'weight_scale' though its weight is not quantized")
-            self._set("weight_scale", scale)
-            self._set("weight", codes)
+            for leaf, made in quantize_leaves(tensor, self.spec).items():
+                self._set(leaf, made)
         elif tensor.dtype != wanted:
             self._refuse("weight", f"is {_short(tensor.dtype)}", f"{_short(wanted)} for mm_type '{self.scheme.name}'")
         else:
@@ -107,7 +100,7 @@ class QuantLinear(nn.Module):
         self._arrived.add(leaf)
 
     def _wanted(self) -> list[str]:
-        return [leaf for leaf in ("weight", "weight_scale", "bias") if self._buffers[leaf] is not None]
+        return [leaf for leaf in (*self.leaves, "bias") if self._buffers[leaf] is not None]
 
     def _refuse(self, leaf: str, got: str, wanted: str) -> None:
         is_float = leaf == "weight" and got.removeprefix("is ") in map(_short, _FLOATS)
@@ -125,9 +118,10 @@ class QuantLinear(nn.Module):
         missing = [leaf for leaf in self._wanted() if leaf not in self._arrived]
         if missing:
             raise CheckpointError(self.name, f"missing: {', '.join(missing)}", do="convert the checkpoint again")
-        assert self.weight is not None and self.weight_scale is not None
-        self.packed = self.kernels.prepare(self.scheme, self.weight, self.weight_scale)
-        self.weight = self.weight_scale = None
+        held = {leaf: tensor for leaf in self.leaves if (tensor := self._buffers[leaf]) is not None}
+        self.packed = self.kernels.prepare(self.scheme, held)
+        for leaf in self.leaves:
+            self._buffers[leaf] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] of a floating-point dtype -> [..., N] in that dtype."""
@@ -138,8 +132,7 @@ class QuantLinear(nn.Module):
             return x.new_zeros((*x.shape[:-1], self.out_features))
         # Autocast would round the float32 parts of the arithmetic.
         with torch.autocast(x.device.type, enabled=False):
-            codes = self.kernels.quantize(self.scheme, rows)
-            out = self.kernels.gemm(self.scheme, codes, self.packed, self.bias, x.dtype)
+            out = self.kernels.linear(self.scheme, rows, self.packed, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -147,13 +140,13 @@ class QuantLinear(nn.Module):
         """Bytes of the weight and its scales as they are held now."""
         if self.packed is not None:
             return self.packed.nbytes
-        return sum(t.numel() * t.element_size() for t in (self.weight, self.weight_scale) if t is not None)
+        return sum(t.numel() * t.element_size() for leaf in self.leaves if (t := self._buffers[leaf]) is not None)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            codes, scale = self.kernels.unpack(self.scheme, self.packed)
-            destination[prefix + "weight"], destination[prefix + "weight_scale"] = codes, scale
+            for leaf, tensor in self.kernels.unpack(self.scheme, self.packed).items():
+                destination[prefix + leaf] = tensor
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.scheme.name}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Packed, TorchQuantize, add_bias, lacks, rescale
+from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, add_bias, lacks, rescale
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.numerics import Quantized, dequantize_weight
@@ -42,11 +42,12 @@ class Reference(TorchQuantize):
     def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
         return 1
 
-    def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
-        return Packed("reference", codes, scale, *codes.shape)
+    def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
+        weight = leaves["weight"]
+        return Packed("reference", *weight.shape, weight=weight, scale=leaves["weight_scale"])
 
-    def unpack(self, scheme: Scheme, packed: Packed) -> Quantized:
-        return Quantized(packed.weight, packed.scale)
+    def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
+        return {"weight": packed.weight, "weight_scale": packed.scale}
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scheme.weight is not None

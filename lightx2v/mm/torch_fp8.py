@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightx2v.mm.base import Packed, add_bias, rescale
+from lightx2v.mm.base import Leaves, Packed, add_bias, rescale
 from lightx2v.mm.reference import dequantize_groups
 from lightx2v.quant.numerics import Quantized, dequantize_weight
 from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, QSpec
@@ -37,11 +37,12 @@ class Bfloat16Channels:
         """Why it cannot run on `device`, before it is tried."""
         return _has_bfloat16(device)
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
-        return Packed(self.name, codes.to(torch.bfloat16), scale, *codes.shape)
+    def pack(self, leaves: Leaves) -> Packed:
+        weight = leaves["weight"].to(torch.bfloat16)
+        return Packed(self.name, *weight.shape, weight=weight, scale=leaves["weight_scale"])
 
-    def unpack(self, packed: Packed) -> Quantized:
-        return Quantized(packed.weight.to(_E4M3), packed.scale)
+    def unpack(self, packed: Packed) -> Leaves:
+        return {"weight": packed.weight.to(_E4M3), "weight_scale": packed.scale}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         return rescale(_to_bfloat16(x.codes) @ packed.weight.t(), packed, x, bias, out_dtype)
@@ -59,15 +60,16 @@ class Bfloat16Blocks:
         """Why it cannot run on `device`, before it is tried."""
         return _has_bfloat16(device)
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+    def pack(self, leaves: Leaves) -> Packed:
+        codes, scale = leaves["weight"], leaves["weight_scale"]
         n, k = codes.shape
         weight = F.pad(dequantize_weight(codes, scale, self.spec, torch.bfloat16), (0, -k % self.spec.size))
-        return Packed(self.name, weight, scale, n, k)
+        return Packed(self.name, n, k, weight=weight, scale=scale)
 
-    def unpack(self, packed: Packed) -> Quantized:
+    def unpack(self, packed: Packed) -> Leaves:
         # bfloat16 has four more bits than e4m3: dividing by the scale again rounds back to the code.
         scale = packed.scale.repeat_interleave(128, 0)[: packed.n].repeat_interleave(128, 1)[:, : packed.k]
-        return Quantized((packed.weight[:, : packed.k].float() / scale).to(_E4M3), packed.scale)
+        return {"weight": (packed.weight[:, : packed.k].float() / scale).to(_E4M3), "weight_scale": packed.scale}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         values = dequantize_groups(Quantized(_to_bfloat16(x.codes), x.scale), self.spec.size, torch.bfloat16)
@@ -85,14 +87,14 @@ class ScaledRows:
         """Why it cannot run on `device`, before it is tried."""
         return _needs_capability(device, (8, 9))
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
-        n, k = codes.shape
-        padded = _pad(codes, -k % 16, -n % 16)
-        return Packed(self.name, padded, F.pad(scale.reshape(1, -1), (0, -n % 16), value=1.0), n, k)
+    def pack(self, leaves: Leaves) -> Packed:
+        n, k = leaves["weight"].shape
+        scale = F.pad(leaves["weight_scale"].reshape(1, -1), (0, -n % 16), value=1.0)
+        return Packed(self.name, n, k, weight=_pad(leaves["weight"], -k % 16, -n % 16), scale=scale)
 
-    def unpack(self, packed: Packed) -> Quantized:
+    def unpack(self, packed: Packed) -> Leaves:
         codes = packed.weight[: packed.n, : packed.k].contiguous()
-        return Quantized(codes, packed.scale[0, : packed.n].reshape(-1, 1).contiguous())
+        return {"weight": codes, "weight_scale": packed.scale[0, : packed.n].reshape(-1, 1).contiguous()}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         product = torch._scaled_mm(
@@ -120,14 +122,14 @@ class ScaledBlocks:
         """Why it cannot run on `device`, before it is tried."""
         return _needs_capability(device, (9, 0)) if hasattr(F, "scaled_mm") else "needs a torch with scaled_mm"
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
-        n, k = codes.shape
-        padded_scale = F.pad(scale, (0, -scale.shape[1] % 4))
-        return Packed(self.name, _pad(codes, -k % 128, -n % 128), padded_scale.contiguous(), n, k)
+    def pack(self, leaves: Leaves) -> Packed:
+        n, k = leaves["weight"].shape
+        scale = F.pad(leaves["weight_scale"], (0, -leaves["weight_scale"].shape[1] % 4)).contiguous()
+        return Packed(self.name, n, k, weight=_pad(leaves["weight"], -k % 128, -n % 128), scale=scale)
 
-    def unpack(self, packed: Packed) -> Quantized:
+    def unpack(self, packed: Packed) -> Leaves:
         codes = packed.weight[: packed.n, : packed.k].contiguous()
-        return Quantized(codes, packed.scale[:, : -(-packed.k // 128)].contiguous())
+        return {"weight": codes, "weight_scale": packed.scale[:, : -(-packed.k // 128)].contiguous()}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         rows = x.codes.shape[0]

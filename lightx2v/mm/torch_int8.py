@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightx2v.mm.base import Packed, rescale
+from lightx2v.mm.base import Leaves, Packed, rescale
 from lightx2v.quant.numerics import Quantized
 
 
@@ -40,12 +40,13 @@ class OneDnn:
         has = hasattr(torch.ops.onednn, "qlinear_prepack") and torch.backends.mkldnn.is_available()
         return None if device.type == "cpu" and has else "needs a CPU and a torch with oneDNN"
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+    def pack(self, leaves: Leaves) -> Packed:
+        codes, scale = leaves["weight"], leaves["weight_scale"]
         packed = torch.ops.onednn.qlinear_prepack(codes.contiguous(), None)
-        return Packed(self.name, packed, scale.reshape(-1).contiguous(), *codes.shape)
+        return Packed(self.name, *codes.shape, weight=packed, scale=scale.reshape(-1).contiguous())
 
-    def unpack(self, packed: Packed) -> Quantized:
-        return Quantized(packed.weight.to_dense().t().contiguous(), packed.scale.view(-1, 1))
+    def unpack(self, packed: Packed) -> Leaves:
+        return {"weight": packed.weight.to_dense().t().contiguous(), "weight_scale": packed.scale.view(-1, 1)}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         product = _int8_linear_onednn(x.codes, packed.weight, packed.scale).mul_(x.scale)
@@ -63,12 +64,14 @@ class IntMM:
         """Why it cannot run on `device`, before it is tried."""
         return None if hasattr(torch, "_int_mm") else "needs a torch with _int_mm"
 
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed:
+    def pack(self, leaves: Leaves) -> Packed:
+        codes = leaves["weight"]
         n, k = codes.shape
-        return Packed(self.name, F.pad(codes, (0, -k % 8, 0, -n % 8)).contiguous(), scale, n, k)
+        padded = F.pad(codes, (0, -k % 8, 0, -n % 8)).contiguous()
+        return Packed(self.name, n, k, weight=padded, scale=leaves["weight_scale"])
 
-    def unpack(self, packed: Packed) -> Quantized:
-        return Quantized(packed.weight[: packed.n, : packed.k].contiguous(), packed.scale)
+    def unpack(self, packed: Packed) -> Leaves:
+        return {"weight": packed.weight[: packed.n, : packed.k].contiguous(), "weight_scale": packed.scale}
 
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         rows = x.codes.shape[0]

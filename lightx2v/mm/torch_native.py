@@ -13,14 +13,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Packed, TorchQuantize, lacks
+from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, lacks
 from lightx2v.mm.reference import LIBRARY as REFERENCE
 from lightx2v.mm.reference import SCHEMES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.torch_fp8 import Bfloat16Blocks, Bfloat16Channels, ScaledBlocks, ScaledRows
 from lightx2v.mm.torch_int8 import IntMM, OneDnn
 from lightx2v.platform import DeviceInfo
-from lightx2v.quant.numerics import Quantized, quantize_weight
+from lightx2v.quant.formats import quantize_leaves
+from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, INT8_CHANNEL, QSpec
 
 
@@ -33,8 +34,8 @@ class Method(Protocol):
     """Bytes that a weight takes once it is packed."""
 
     def supports(self, device: torch.device) -> str | None: ...
-    def pack(self, codes: Tensor, scale: Tensor) -> Packed: ...
-    def unpack(self, packed: Packed) -> Quantized: ...
+    def pack(self, leaves: Leaves) -> Packed: ...
+    def unpack(self, packed: Packed) -> Leaves: ...
     def gemm(self, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor: ...
 
 
@@ -72,13 +73,14 @@ class TorchNative(TorchQuantize):
         method, _ = _choose(scheme, torch.device(device.torch_name))
         return method.code_bytes if method else 1
 
-    def prepare(self, scheme: Scheme, codes: Tensor, scale: Tensor) -> Packed:
-        method, reasons = _choose(scheme, codes.device)
+    def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
+        device = leaves["weight"].device
+        method, reasons = _choose(scheme, device)
         if method is None:
-            raise RuntimeError(f"torch_native cannot compute {scheme.name} on {codes.device}: {'; '.join(reasons)}")
-        return method.pack(codes, scale)
+            raise RuntimeError(f"torch_native cannot compute {scheme.name} on {device}: {'; '.join(reasons)}")
+        return method.pack(leaves)
 
-    def unpack(self, scheme: Scheme, packed: Packed) -> Quantized:
+    def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
         return _BY_NAME[packed.method].unpack(packed)
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -104,12 +106,12 @@ def _trial(method: Method, scheme: Scheme, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (200, 392), generator=generator) * 2.0 - 1
     values = signs * torch.rand(200, 392, generator=generator) ** 0.125
-    w = quantize_weight(values[:136].to(device), scheme.weight)
-    x = LIBRARY.quantize(scheme, values[150:].to(device))
-    packed = REFERENCE.prepare(scheme, w.codes, w.scale)
+    leaves = quantize_leaves(values[:136].to(device), scheme.weight)
+    packed = REFERENCE.prepare(scheme, leaves)
+    x = REFERENCE.quantize(scheme, values[150:].to(device), packed)
     wanted = REFERENCE.gemm(scheme, x, packed, None, torch.float32)
     try:
-        got = method.gemm(x, method.pack(w.codes, w.scale), None, torch.float32)
+        got = method.gemm(x, method.pack(leaves), None, torch.float32)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         return f"refused by this torch: {str(error).strip().splitlines()[0]}"
     error_size = ((got - wanted).abs().max() / wanted.abs().max()).item()

@@ -14,6 +14,7 @@ from lightx2v.mm.reference import int_product
 from lightx2v.mm.scheme import Scheme, parse
 from lightx2v.mm.torch_fp8 import _to_bfloat16
 from lightx2v.platform import DeviceInfo, list_devices
+from lightx2v.quant.formats import quantize_leaves
 from lightx2v.quant.numerics import Quantized, dequantize_weight, quantize_weight
 
 SCHEMES = ("int8", "fp8", "fp8-b128")
@@ -48,8 +49,8 @@ def check(
     assert scheme.weight is not None
     place = torch.device(device.torch_name)
     w = quantize_weight(weight.to(place), scheme.weight)
-    codes = library.quantize(scheme, x.to(place))
-    packed = library.prepare(scheme, w.codes, w.scale)
+    packed = library.prepare(scheme, {"weight": w.codes, "weight_scale": w.scale})
+    codes = library.quantize(scheme, x.to(place), packed)
     got = library.gemm(scheme, codes, packed, None if bias is None else bias.to(place), out).cpu()
 
     xd, wd = (
@@ -105,19 +106,20 @@ def test_libraries_equal_the_reference(device: DeviceInfo, library: str, name: s
     torch.manual_seed(0)
     scheme, adapter, reference = parse(name).with_library(library), LIBRARIES[library], LIBRARIES["reference"]
     assert scheme.weight is not None
-    w = quantize_weight(torch.randn(200, 392).to(device.torch_name), scheme.weight)
-    x = adapter.quantize(scheme, torch.randn(70, 392).to(device.torch_name))
+    leaves = quantize_leaves(torch.randn(200, 392).to(device.torch_name), scheme.weight)
+    packed = adapter.prepare(scheme, leaves)
+    x = adapter.quantize(scheme, torch.randn(70, 392).to(device.torch_name), packed)
     bias = torch.randn(200).to(device.torch_name)
-    packed = adapter.prepare(scheme, *w)
     for out in (torch.bfloat16, torch.float32):
         got = adapter.gemm(scheme, x, packed, bias, out)
-        wanted = reference.gemm(scheme, x, reference.prepare(scheme, *w), bias, out)
+        wanted = reference.gemm(scheme, x, reference.prepare(scheme, leaves), bias, out)
         if scheme.weight.dtype == "int8":
             assert torch.equal(got, wanted)
         else:
             assert (got - wanted).float().norm() <= 0.005 * wanted.float().norm()
-    codes, scale = adapter.unpack(scheme, packed)
-    assert torch.equal(codes.float(), w.codes.float()) and torch.equal(scale, w.scale)
+    unpacked = adapter.unpack(scheme, packed)
+    assert unpacked.keys() == leaves.keys()
+    assert all(torch.equal(unpacked[leaf].float(), leaves[leaf].float()) for leaf in leaves)
 
 
 @pytest.mark.parametrize(("device", "library", "name"), [case for case in CASES if case[2] == "int8"])
@@ -128,7 +130,8 @@ def test_sums_beyond_what_float32_holds_are_exact(device: DeviceInfo, library: s
     ones = torch.ones(20, 1, device=device.torch_name)
     exact = 127 * 127 * 20_000 + 1  # not a float32: it needs 29 bits
     assert (int_product(codes, codes) == exact).all()
-    out = adapter.gemm(scheme, Quantized(codes, ones), adapter.prepare(scheme, codes, ones), None, torch.float32)
+    packed = adapter.prepare(scheme, {"weight": codes, "weight_scale": ones})
+    out = adapter.gemm(scheme, Quantized(codes, ones), packed, None, torch.float32)
     assert (out == torch.tensor(exact).float().item()).all()
 
 

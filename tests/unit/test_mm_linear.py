@@ -124,7 +124,7 @@ def test_compiles_without_a_graph_break(mm_type: str) -> None:
 def test_groups_are_whole_when_compiled() -> None:
     """Inductor of torch 2.13 miscompiles groups that the end of a row cuts off."""
     layer = loaded("fp8-b128-torch")
-    codes, scale = layer.kernels.quantize(layer.scheme, torch.randn(3, K))
+    codes, scale = layer.kernels.quantize(layer.scheme, torch.randn(3, K), layer.packed)
     assert codes.shape == (3, 256) and scale.shape == (3, 2)
 
 
