@@ -11,9 +11,12 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightx2v.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -192,6 +195,15 @@ def _backend(device: DeviceInfo) -> Any:
     import torch
 
     return {"cuda": torch.cuda, "rocm": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}[device.kind]
+
+
+def compute_capability(device: torch.device) -> tuple[int, int] | None:
+    """The CUDA compute capability of a torch device; None for one that has none."""
+    import torch
+
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def synchronize(device: DeviceInfo) -> None:

@@ -10,11 +10,12 @@ from lightx2v.platform import DeviceInfo, install_hint, probe
 from lightx2v.registry import Registry
 
 LIBRARIES: Registry[Library] = Registry("kernel library")
+LIBRARIES.add("onednn", "lightx2v.mm.onednn:LIBRARY")
 LIBRARIES.add("torch_native", "lightx2v.mm.torch_native:LIBRARY")
 LIBRARIES.add("reference", "lightx2v.mm.reference:LIBRARY")
 
 #: The order in which "auto", and a permitted fallback, look for a library.
-PRIORITY = ("torch_native", "reference")
+PRIORITY = ("onednn", "torch_native", "reference")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,6 @@ _ABSENT: dict[str, _Absent] = {
 }
 #: Names that LightX2V keeps among its libraries and that are something else.
 _NOT_LIBRARIES = {
-    "onednn": "oneDNN comes inside torch: library 'torch' uses it on CPUs",
     "calibration": "it records statistics for a calibration, which this version does not have",
     "tensor_parallel": "it splits layers over devices, which this version does not do",
 }

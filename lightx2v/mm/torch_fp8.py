@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightx2v.mm.base import Leaves, Packed, add_bias, rescale
 from lightx2v.mm.reference import dequantize_groups
+from lightx2v.platform import compute_capability
 from lightx2v.quant.numerics import Quantized, dequantize_weight
 from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, QSpec
 
@@ -168,5 +169,10 @@ def _pad(codes: Tensor, columns: int, rows: int) -> Tensor:
 def _needs_capability(device: torch.device, lowest: tuple[int, int]) -> str | None:
     if device.type == "cpu":
         return "needs a GPU"
-    have = torch.get_device_module(device).get_device_capability(device)
-    return None if have >= lowest else f"needs compute capability {lowest[0]}.{lowest[1]}, this is {have[0]}.{have[1]}"
+    have = compute_capability(device)
+    # Devices of other makers have no such number: whether they can is found by trying.
+    return (
+        None
+        if have is None or have >= lowest
+        else f"needs compute capability {lowest[0]}.{lowest[1]}, this is {have[0]}.{have[1]}"
+    )

@@ -1,6 +1,6 @@
-"""The fast products that torch itself has, on CPUs and NVIDIA GPUs.
+"""The products of codes that torch itself has, on any of its devices.
 
-For each scheme the first of these that works here: int8 by oneDNN (CPU) or torch._int_mm, both exact; fp8 by
+For each scheme the first of these that works here: int8 by torch._int_mm, which is exact; fp8 by
 torch._scaled_mm (compute capability 8.9) or in bfloat16; fp8-b128 by scaled_mm (9.0) or in bfloat16. Whether one works
 is tried once, on a small product against the reference, since torch versions differ in what they accept.
 """
@@ -18,7 +18,7 @@ from lightx2v.mm.reference import LIBRARY as REFERENCE
 from lightx2v.mm.reference import SCHEMES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.torch_fp8 import Bfloat16Blocks, Bfloat16Channels, ScaledBlocks, ScaledRows
-from lightx2v.mm.torch_int8 import IntMM, OneDnn
+from lightx2v.mm.torch_int8 import IntMM
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.formats import quantize_leaves
 from lightx2v.quant.numerics import Quantized
@@ -40,7 +40,7 @@ class Method(Protocol):
 
 
 _METHODS: dict[QSpec | None, tuple[Method, ...]] = {
-    INT8_CHANNEL: (OneDnn(), IntMM()),
+    INT8_CHANNEL: (IntMM(),),
     FP8_CHANNEL: (ScaledRows(), Bfloat16Channels()),
     FP8_BLOCK128: (ScaledBlocks(), Bfloat16Blocks()),
 }
@@ -54,9 +54,7 @@ class TorchNative(TorchQuantize):
     caps = Caps(SCHEMES, exact=frozenset({"int8"}), rtol=2.0**-7)
 
     def available(self, device: DeviceInfo) -> str | None:
-        if device.kind == "cpu" or device.capability is not None:
-            return None
-        return f"torch's 8-bit products are used on CPUs and NVIDIA GPUs, not on {device.kind}"
+        return None
 
     def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
         reason = lacks(self.caps, scheme, n, k, device)
@@ -106,11 +104,11 @@ def _trial(method: Method, scheme: Scheme, device: torch.device) -> str | None:
     generator = torch.Generator().manual_seed(0)
     signs = torch.randint(0, 2, (200, 392), generator=generator) * 2.0 - 1
     values = signs * torch.rand(200, 392, generator=generator) ** 0.125
-    leaves = quantize_leaves(values[:136].to(device), scheme.weight)
-    packed = REFERENCE.prepare(scheme, leaves)
-    x = REFERENCE.quantize(scheme, values[150:].to(device), packed)
-    wanted = REFERENCE.gemm(scheme, x, packed, None, torch.float32)
     try:
+        leaves = quantize_leaves(values[:136].to(device), scheme.weight)
+        packed = REFERENCE.prepare(scheme, leaves)
+        x = REFERENCE.quantize(scheme, values[150:].to(device), packed)
+        wanted = REFERENCE.gemm(scheme, x, packed, None, torch.float32)
         got = method.gemm(x, method.pack(leaves), None, torch.float32)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, AttributeError) as error:
         return f"refused by this torch: {str(error).strip().splitlines()[0]}"

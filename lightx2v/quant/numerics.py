@@ -120,7 +120,8 @@ def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> 
         scale = scale.clamp(min=rounding.min_scale)
     # The clamps below keep zero rows, and rows so small that their scale is subnormal, finite.
     if rounding.by == "levels":
-        scaled = groups * (levels / amax).clamp(max=_HUGE)
+        # A number divided by a tensor would be the number times the tensor's reciprocal, which rounds twice.
+        scaled = groups * (torch.full_like(amax, levels) / amax).clamp(max=_HUGE)
     elif rounding.by == "reciprocal":
         scaled = groups * scale.reciprocal().clamp(max=_HUGE)
     else:

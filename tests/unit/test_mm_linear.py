@@ -178,7 +178,7 @@ def test_swap_replaces_by_full_name_and_leaves_default() -> None:
     plans = {"0.0": plan("0.0", "int8"), "1": plan("1", "Default-Force-FP32", K, N), "2": plan("2", "Default")}
     swap_linears(model, plans, torch.bfloat16, auto_quant=True)
     first, second = model[0][0], model[1]
-    assert isinstance(first, QuantLinear) and first.library == "torch_native" and model[2] is kept
+    assert isinstance(first, QuantLinear) and first.library == "onednn" and model[2] is kept
     assert isinstance(second, ForceFP32Linear) and second.bias is None
     second.load_tensor("weight", torch.ones(K, N, dtype=torch.bfloat16))
     second.finish()

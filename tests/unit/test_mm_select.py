@@ -48,16 +48,16 @@ def test_every_name_is_served_or_has_its_reason(name: str) -> None:
         assert f"{scheme.library}: " in str(error)
         assert len(unavailable(scheme.library, scheme, 256, 128, CPU) or "") > 10
     else:
-        assert layer.library in ("torch", "torch_native", "reference")
+        assert layer.library in ("torch", "onednn", "torch_native", "reference")
         assert layer.scheme.numerics == scheme.numerics and layer.reason
 
 
 @pytest.mark.parametrize("name", ["int8", "fp8", "fp8-b128"])
-def test_auto_prefers_torch_and_takes_the_reference_elsewhere(name: str) -> None:
-    assert plan(name).library == "torch_native"
+def test_auto_takes_the_fastest_that_works_on_the_device(name: str) -> None:
+    assert plan(name).library == "onednn"
     elsewhere = plan(name, MPS)
     assert elsewhere.library == "reference"
-    assert "torch_native: torch's 8-bit products are used on CPUs and NVIDIA GPUs, not on mps" in elsewhere.reason
+    assert "onednn: computes on CPUs" in elsewhere.reason and "torch_native: " in elsewhere.reason
 
 
 def test_a_named_library_is_used_or_refused() -> None:
@@ -69,8 +69,8 @@ def test_a_named_library_is_used_or_refused() -> None:
     assert "blocks.0.ffn.0" in text and "fallback" in text
     for library in ("TorchNative-ActVllm (library torch)", "Reference-ActVllm (library reference)"):
         assert library in text
-    with pytest.raises(ConfigError, match="torch_native: torch's 8-bit products"):
-        plan("fp8-torch", MPS)
+    with pytest.raises(ConfigError, match="onednn: computes on CPUs"):
+        plan("fp8-onednn", MPS)
 
 
 def test_an_installed_library_without_adapter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_an_installed_library_without_adapter_says_so(monkeypatch: pytest.Monkey
 
 def test_fallback_warns_once_and_is_in_the_reason(warnings: list[str]) -> None:
     first, second = (plan("fp8-sgl", fallback=True) for _ in range(2))
-    assert first == second and first.library == "torch_native"
+    assert first == second and first.library == "onednn"
     assert first.reason.startswith("fallback from sgl (sgl_kernel is not installed (pip install sgl-kernel)")
     assert first.scheme.act_library == "sgl" and first.mm_type == "fp8-sgl"
     assert len(warnings) == 1 and "instead of sgl" in warnings[0]

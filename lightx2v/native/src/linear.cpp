@@ -1,0 +1,266 @@
+// Quantized linear layers: y[M, N] = x[M, K] W^T + b, quantizing x, multiplying and rescaling a block of rows at a time, so
+// that codes and sums stay in the caches. W is packed in panels of 64 output channels, [N/64][K/p][64][p].
+
+#include "fastmath.h"
+#include "quantize.h"
+
+namespace {
+
+using namespace lx;
+
+struct Layer {
+  int64_t n, k, padded;  // padded: K filled up to what the panels hold
+  const float* scale;    // [N], or [ceil(N/128), ceil(K/128)] for blocks
+  const float* bias;     // [N] or null
+};
+
+constexpr int64_t kRows = 256;
+enum Epilogue : int { kNone = 0, kGeluTanh = 1 };
+
+// One row of sums to outputs: sum * channel scale * token scale + bias, each step rounded, as the reference does.
+template <int kEpilogue, class Acc, class Y>
+inline void finish_row(const Acc* sums, const int32_t* shift, const float* scale, float token, const float* bias,
+                       int64_t count, Y* y) {
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) {
+    float value = float(shift ? sums[j] - Acc(shift[j]) : sums[j]);
+    if (scale) value *= scale[j];
+    value *= token;
+    if (bias) value += bias[j];
+    if (kEpilogue == kGeluTanh) value = gelu_tanh(value);
+    store(value, y + j);
+  }
+}
+
+struct Int8 {
+  using Code = uint8_t;
+  using Acc = int32_t;
+  static constexpr int64_t kDepth = 2048;
+  Layer layer;
+  const int8_t* weight;
+  const int32_t* shift;  // [N]: 128 times the sum of a channel's codes, which the shifted activations add
+
+  int64_t code_count(int64_t rows) const { return rows * layer.padded; }
+  int64_t token_scales() const { return 1; }
+  int64_t panel_count() const { return 0; }
+
+  template <class T>
+  void quantize(const Values<T>& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i)
+      scales[i] = quantize_int8(x.from(i).data, layer.k, layer.padded, codes + i * layer.padded);
+  }
+  void quantize(const Codes& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      const uint8_t* from = x.from(i).data;
+      Code* to = codes + i * layer.padded;
+      for (int64_t k = 0; k < layer.padded; ++k) to[k] = k < layer.k ? from[k] ^ 128 : 128;
+      scales[i] = x.scales[i];
+    }
+  }
+  void product(const Code* codes, const float*, int64_t rows, int64_t panel, bf16*, float*, Acc* sums) const {
+    const int8_t* w = weight + panel * layer.padded * kColumns;
+    for (int64_t k = 0; k < layer.padded; k += kDepth)
+      at::native::cpublas::brgemm(rows, kColumns, std::min(kDepth, layer.padded - k), layer.padded, kColumns, kColumns,
+                                  k > 0, codes + k, reinterpret_cast<const signed char*>(w + k * kColumns), sums, true);
+  }
+  template <int kEpilogue, class Y>
+  void finish(const Acc* sums, const float* scales, int64_t rows, int64_t panel, Y* y) const {
+    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row<kEpilogue>(sums + i * kColumns, shift + first, layer.scale + first, scales[i],
+                            layer.bias ? layer.bias + first : nullptr, count, y + i * layer.n + first);
+  }
+};
+
+inline void multiply(int64_t rows, int64_t depth, int64_t lda, bool add, const bf16* codes, const bf16* panel, float* sums) {
+  at::native::cpublas::brgemm(rows, kColumns, depth, lda, kColumns, kColumns, add,
+                              reinterpret_cast<const c10::BFloat16*>(codes),
+                              reinterpret_cast<const c10::BFloat16*>(panel), sums, true);
+}
+
+// e4m3 weights of one byte, turned into bfloat16 a few kilobytes at a time right before they are multiplied.
+struct Fp8Channel {
+  using Code = bf16;
+  using Acc = float;
+  static constexpr int64_t kDepth = 512;
+  Layer layer;
+  const uint8_t* weight;
+
+  int64_t code_count(int64_t rows) const { return rows * layer.padded; }
+  int64_t token_scales() const { return 1; }
+  int64_t panel_count() const { return kDepth * kColumns; }
+
+  template <class T>
+  void quantize(const Values<T>& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      scales[i] = quantize_e4m3(x.from(i).data, layer.k, codes + i * layer.padded);
+      std::memset(codes + i * layer.padded + layer.k, 0, (layer.padded - layer.k) * sizeof(Code));
+    }
+  }
+  void quantize(const Codes& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      decode_e4m3(x.from(i).data, layer.k, codes + i * layer.padded);
+      std::memset(codes + i * layer.padded + layer.k, 0, (layer.padded - layer.k) * sizeof(Code));
+      scales[i] = x.scales[i];
+    }
+  }
+  void product(const Code* codes, const float*, int64_t rows, int64_t panel, bf16* decoded, float*, Acc* sums) const {
+    const uint8_t* w = weight + panel * layer.padded * kColumns;
+    for (int64_t k = 0; k < layer.padded; k += kDepth) {
+      const int64_t depth = std::min(kDepth, layer.padded - k);
+      decode_e4m3(w + k * kColumns, depth * kColumns, decoded);
+      multiply(rows, depth, layer.padded, k > 0, codes + k, decoded, sums);
+    }
+  }
+  template <int kEpilogue, class Y>
+  void finish(const Acc* sums, const float* scales, int64_t rows, int64_t panel, Y* y) const {
+    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row<kEpilogue>(sums + i * kColumns, nullptr, layer.scale + first, scales[i],
+                            layer.bias ? layer.bias + first : nullptr, count, y + i * layer.n + first);
+  }
+};
+
+// 128 x 128 blocks: a sum for each group of 128 input channels, scaled in float32 and added up.
+struct Fp8Block {
+  using Code = bf16;
+  using Acc = float;
+  static constexpr int64_t kGroup = 128;
+  Layer layer;
+  const uint8_t* weight;
+
+  int64_t groups() const { return layer.padded / kGroup; }
+  int64_t code_count(int64_t rows) const { return rows * layer.padded; }
+  int64_t token_scales() const { return groups(); }
+  int64_t panel_count() const { return kGroup * kColumns; }
+
+  template <class T>
+  void quantize(const Values<T>& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t g = 0; g < groups(); ++g) {
+        const int64_t start = g * kGroup, count = std::min(kGroup, layer.k - start);
+        Code* out = codes + i * layer.padded + start;
+        scales[g * rows + i] = quantize_e4m3(x.from(i).data + start, count, out);
+        std::memset(out + count, 0, (kGroup - count) * sizeof(Code));
+      }
+  }
+  void quantize(const Codes& x, int64_t rows, Code* codes, float* scales) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      decode_e4m3(x.from(i).data, layer.k, codes + i * layer.padded);
+      std::memset(codes + i * layer.padded + layer.k, 0, (layer.padded - layer.k) * sizeof(Code));
+      for (int64_t g = 0; g < groups(); ++g) scales[g * rows + i] = x.from(i).scales[g];
+    }
+  }
+  void product(const Code* codes, const float* scales, int64_t rows, int64_t panel, bf16* decoded, float* part,
+               Acc* sums) const {
+    const uint8_t* w = weight + panel * layer.padded * kColumns;
+    const float* block = layer.scale + panel * kColumns / kGroup * groups();
+    for (int64_t g = 0; g < groups(); ++g) {
+      decode_e4m3(w + g * kGroup * kColumns, kGroup * kColumns, decoded);
+      multiply(rows, kGroup, layer.padded, false, codes + g * kGroup, decoded, part);
+      for (int64_t i = 0; i < rows; ++i) {
+        const float by = scales[g * rows + i] * block[g];
+        float* to = sums + i * kColumns;
+        const float* from = part + i * kColumns;
+        if (g == 0) {
+#pragma omp simd
+          for (int64_t j = 0; j < kColumns; ++j) to[j] = from[j] * by;
+        } else {
+#pragma omp simd
+          for (int64_t j = 0; j < kColumns; ++j) to[j] += from[j] * by;
+        }
+      }
+    }
+  }
+  template <int kEpilogue, class Y>
+  void finish(const Acc* sums, const float*, int64_t rows, int64_t panel, Y* y) const {
+    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
+    for (int64_t i = 0; i < rows; ++i)
+      finish_row<kEpilogue>(sums + i * kColumns, nullptr, nullptr, 1.0f, layer.bias ? layer.bias + first : nullptr, count,
+                            y + i * layer.n + first);
+  }
+};
+
+template <class Kind>
+struct Scratch {
+  decltype(scratch<typename Kind::Code>(0)) codes;
+  decltype(scratch<float>(0)) scales;
+  decltype(scratch<bf16>(0)) decoded;
+  decltype(scratch<float>(0)) part;
+  decltype(scratch<typename Kind::Acc>(0)) sums;
+
+  Scratch(const Kind& kind, int64_t rows)
+      : codes(scratch<typename Kind::Code>(kind.code_count(rows))),
+        scales(scratch<float>(rows * kind.token_scales())),
+        decoded(scratch<bf16>(kind.panel_count())),
+        part(scratch<float>(kind.panel_count() ? rows * kColumns : 0)),
+        sums(scratch<typename Kind::Acc>(rows * kColumns)) {}
+};
+
+// Many rows: each thread takes blocks of rows through all panels. Few rows: all rows are quantized by each thread, which is
+// little work, and the threads share out the panels.
+template <class Kind, int kEpilogue, class X, class Y>
+bool run(const Kind& kind, const X& x, int64_t rows, Y* y) {
+  const int64_t panels = ceil_div(kind.layer.n, kColumns), threads = omp_get_max_threads();
+  const bool by_rows = threads == 1 || rows >= threads * 64;
+  const int64_t block = by_rows ? row_block(rows, kRows) : std::min(rows, kRows);
+  const int64_t blocks = ceil_div(rows, block);
+  const int64_t shares = by_rows ? 1 : std::min(threads, panels);
+  const auto body = [&](int64_t index, Scratch<Kind>& own) {
+    const int64_t first = index / shares * block, count = std::min(block, rows - first), share = index % shares;
+    kind.quantize(x.from(first), count, own.codes.get(), own.scales.get());
+    for (int64_t panel = panels * share / shares; panel < panels * (share + 1) / shares; ++panel) {
+      kind.product(own.codes.get(), own.scales.get(), count, panel, own.decoded.get(), own.part.get(), own.sums.get());
+      kind.template finish<kEpilogue>(own.sums.get(), own.scales.get(), count, panel, y + first * kind.layer.n);
+    }
+  };
+  return parallel(blocks * shares, [&] { return Scratch<Kind>(kind, block); }, body);
+}
+
+// What x and y hold.
+enum Input : int { kBfloat16 = 0, kFloat32 = 1, kCodes = 2 };
+
+struct Call {
+  const void* x;
+  const float* x_scales;  // of codes, [M, groups]
+  int64_t x_stride, rows;
+  void* y;
+  int input, epilogue;
+};
+
+template <class Kind>
+bool dispatch(const Kind& kind, const Call& call) {
+  const auto start = [&](const auto& x, auto* y) {
+    return call.epilogue ? run<Kind, kGeluTanh>(kind, x, call.rows, y) : run<Kind, kNone>(kind, x, call.rows, y);
+  };
+  if (call.input == kBfloat16)
+    return start(Values<bf16>{static_cast<const bf16*>(call.x), call.x_stride}, static_cast<bf16*>(call.y));
+  auto* y = static_cast<float*>(call.y);
+  if (call.input == kFloat32) return start(Values<float>{static_cast<const float*>(call.x), call.x_stride}, y);
+  const auto* codes = static_cast<const uint8_t*>(call.x);
+  return start(Codes{codes, call.x_scales, call.x_stride, kind.token_scales()}, y);
+}
+
+}  // namespace
+
+extern "C" {
+
+// Of each: x [m, k] with rows x_stride apart is bfloat16, float32, or codes with x_scales (`input`); y [m, n] is bfloat16
+// in the first case, else float32. Returns whether it worked.
+bool lx_linear_int8(const void* x, const float* x_scales, int64_t x_stride, void* y, int64_t m, int64_t n, int64_t k,
+                    int64_t padded, int input, int epilogue, const float* bias, const float* scale, const int8_t* weight,
+                    const int32_t* shift) {
+  return dispatch(Int8{{n, k, padded, scale, bias}, weight, shift}, {x, x_scales, x_stride, m, y, input, epilogue});
+}
+
+bool lx_linear_fp8(const void* x, const float* x_scales, int64_t x_stride, void* y, int64_t m, int64_t n, int64_t k,
+                   int64_t padded, int input, int epilogue, const float* bias, const float* scale, const uint8_t* weight) {
+  return dispatch(Fp8Channel{{n, k, padded, scale, bias}, weight}, {x, x_scales, x_stride, m, y, input, epilogue});
+}
+
+bool lx_linear_fp8_block(const void* x, const float* x_scales, int64_t x_stride, void* y, int64_t m, int64_t n, int64_t k,
+                         int64_t padded, int input, int epilogue, const float* bias, const float* scale,
+                         const uint8_t* weight) {
+  return dispatch(Fp8Block{{n, k, padded, scale, bias}, weight}, {x, x_scales, x_stride, m, y, input, epilogue});
+}
+}
