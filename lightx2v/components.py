@@ -16,6 +16,7 @@ from lightx2v import platform
 from lightx2v.encoders.clip_vision import load_clip
 from lightx2v.encoders.umt5 import load_text_encoder
 from lightx2v.io.weights import Checkpoint, stream_into
+from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
 from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
@@ -42,6 +43,7 @@ def load_dit(plan: Plan) -> nn.Module:
     stream_into(
         module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint)
     )
+    fuse_projections(module)
     cast(Any, module).set_attention(plan.attention)
     return module.eval()
 

@@ -103,9 +103,12 @@ class Runner:
             self.timer.stage("denoise"),
             tqdm(total=request.steps, desc="denoise", unit="step", disable=quiet) as bar,
         ):
+            prepared = {branch: dit.prepare(made) for branch, made in conditions.items()}
+            times = dit.embed_time(solver.timesteps)
 
             def predict(noisy: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
-                stream, context = dit.embed(noisy.to(dtype), timestep, conditions[branch], step=step, branch=branch)
+                time, made = times.at(step), prepared[branch]
+                stream, context = dit.embed(noisy.to(dtype), time, made, step=step, branch=branch)
                 velocity: Tensor = dit.head(run_blocks(dit, stream, context), context)
                 return velocity
 

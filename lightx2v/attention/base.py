@@ -42,9 +42,10 @@ class Backend:
 ATTENTION: Registry[Backend] = Registry("attention.type")
 ATTENTION.add("flash_attn3", "lightx2v.attention.flash3:BACKEND")
 ATTENTION.add("flash_attn2", "lightx2v.attention.flash2:BACKEND")
+ATTENTION.add("cpu_flash", "lightx2v.attention.cpu_flash:BACKEND")
 ATTENTION.add("torch_sdpa", "lightx2v.attention.sdpa:BACKEND", aliases=("sdpa",))
 
-AUTO_ORDER = ("flash_attn3", "flash_attn2", "torch_sdpa")
+AUTO_ORDER = ("flash_attn3", "flash_attn2", "cpu_flash", "torch_sdpa")
 
 NO_ADAPTER = (
     "flash_attn4",

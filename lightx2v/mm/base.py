@@ -6,13 +6,14 @@ Shapes: M tokens, K input channels, N output channels; weights are [N, K] in che
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightx2v.elementwise import gelu_tanh
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.numerics import Quantized, quantize_activation, rounding_of
@@ -31,12 +32,15 @@ class Caps:
     """(weight, activation) pairs that it computes."""
     min_capability: tuple[int, int] | None = None
     """Lowest compute capability; None where it also runs without such a device."""
+    capability: Mapping[str, tuple[tuple[int, int], tuple[int, int] | None]] = field(default_factory=dict)
+    """The same by code dtype where that differs: lowest, and highest or None where later devices do as well."""
     k_multiple: int = 1
     n_multiple: int = 1
     layout: Literal["NK", "KN"] = "NK"
     bias: Literal["fused", "fused_fp32", "after"] = "after"
     """Whether its product takes the bias (in the output dtype or in float32), or it is added to the float32 result."""
     out_dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16, torch.bfloat16})
+    """What it can round its results to; others are bfloat16 results converted."""
     exact: frozenset[str] = frozenset()
     """Code dtypes whose products are accumulated without any rounding."""
     rtol: float = 0.0
@@ -107,17 +111,20 @@ class Library(Protocol):
         """x @ weight.T + bias as [M, N], for M > 0. `bias` is float32 [N]."""
         ...
 
-    def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        """`quantize` and `gemm` in one, for x [M, K] with M > 0: [M, N] in the dtype of x."""
+    def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None, gelu: bool = False) -> Tensor:
+        """`quantize` and `gemm` in one, for x [M, K] with M > 0, and a GELU (tanh): [M, N] in the dtype of x."""
         ...
 
 
 class TwoSteps:
     """`linear` for a library that has no kernel for both steps in one."""
 
-    def linear(self: Library, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def linear(
+        self: Library, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None, gelu: bool = False
+    ) -> Tensor:
         """Quantize, then multiply."""
-        return self.gemm(scheme, self.quantize(scheme, x, packed), packed, bias, x.dtype)
+        out = self.gemm(scheme, self.quantize(scheme, x, packed), packed, bias, x.dtype)
+        return gelu_tanh(out) if gelu else out
 
 
 class TorchQuantize(TwoSteps):
@@ -150,9 +157,14 @@ def lacks(caps: Caps, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str
     """The first thing of `caps` that a layer does not meet."""
     if scheme.numerics not in caps.schemes:
         return "does not compute this scheme"
-    if caps.min_capability and (device.capability or (0, 0)) < caps.min_capability:
-        have = f"has {device.capability[0]}.{device.capability[1]}" if device.capability else "has none"
-        return f"needs compute capability {caps.min_capability[0]}.{caps.min_capability[1]}, {device.name} {have}"
+    spec = scheme.weight
+    lowest, highest = caps.capability.get(spec.dtype if spec else "", (caps.min_capability, None))
+    have = device.capability or (0, 0)
+    if lowest and (have < lowest or (highest and have > highest)):
+        span = f"{lowest[0]}.{lowest[1]}" + ("" if highest in (None, lowest) else f" to {highest[0]}.{highest[1]}")
+        only = " alone" if highest == lowest else "" if highest else " or higher"
+        has = f"has {have[0]}.{have[1]}" if device.capability else "has none"
+        return f"needs compute capability {span}{only}, {device.name} {has}"
     for what, value, multiple in (("K", k, caps.k_multiple), ("N", n, caps.n_multiple)):
         if value % multiple:
             return f"needs {what} to be a multiple of {multiple}, the layer has {value}"

@@ -16,6 +16,7 @@ from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.select import LayerPlan
 from lightx2v.quant.formats import leaves_of, quantize_leaves
+from lightx2v.quant.numerics import Quantized
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -123,17 +124,46 @@ class QuantLinear(nn.Module):
         for leaf in self.leaves:
             self._buffers[leaf] = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., K] of a floating-point dtype -> [..., N] in that dtype."""
-        if self.packed is None:
-            raise RuntimeError(f"{self.name}: finish() was not called after loading")
-        rows = x.reshape(-1, self.in_features)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        """x [..., K] of a floating-point dtype -> [..., N] in that dtype, after a GELU (tanh) if asked for."""
+        packed, rows = self._ready(), x.reshape(-1, self.in_features)
         if rows.shape[0] == 0:
             return x.new_zeros((*x.shape[:-1], self.out_features))
         # Autocast would round the float32 parts of the arithmetic.
         with torch.autocast(x.device.type, enabled=False):
-            out = self.kernels.linear(self.scheme, rows, self.packed, self.bias)
+            out = self.kernels.linear(self.scheme, rows, packed, self.bias, gelu)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def quantize(self, x: Tensor) -> Quantized:
+        """The codes of x [..., K], for `multiply` of this layer and of all that it `quantizes_as`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return self.kernels.quantize(self.scheme, x.reshape(-1, self.in_features), self._ready())
+
+    def multiply(self, codes: Quantized, x: Tensor) -> Tensor:
+        """What `forward` gives for x [..., K] with at least one row, whose codes are there already."""
+        with torch.autocast(x.device.type, enabled=False):
+            out = self.kernels.gemm(self.scheme, codes, self._ready(), self.bias, x.dtype)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def quantizes_as(self, other: QuantLinear) -> bool:
+        """Whether the codes of an activation are the same for both: the same scheme of it, with no stored scale."""
+        ours, theirs = (
+            (layer.scheme.activation, layer.scheme.act_library, layer.library, layer.in_features)
+            for layer in (self, other)
+        )
+        return ours == theirs and self.scheme.activation is not None and self.scheme.activation.dynamic
+
+    def stacks_with(self, other: QuantLinear) -> bool:
+        """Whether the two weights, one under the other, are a weight of the same scheme."""
+        activation, rows = self.scheme.activation, self.spec.size if self.spec.granularity == "block" else 1
+        static = self.spec.granularity == "tensor" or (activation is not None and not activation.dynamic)
+        same = (self.scheme, self.library, self.in_features) == (other.scheme, other.library, other.in_features)
+        return same and not static and self.out_features % rows == other.out_features % rows == 0
+
+    def _ready(self) -> Packed:
+        if self.packed is None:
+            raise RuntimeError(f"{self.name}: finish() was not called after loading")
+        return self.packed
 
     @property
     def weight_bytes(self) -> int:

@@ -113,19 +113,19 @@ class OneDnnLibrary(TorchQuantize):
             return self._qlinear.gemm(x, packed, bias, out_dtype)
         return _kernel(x.codes, x.scale.contiguous(), packed, bias).to(out_dtype)
 
-    def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None, gelu: bool = False) -> Tensor:
         assert scheme.activation is not None
         # The kernels round as NATIVE says; other libraries' rounding is done before.
         if packed.method == self._qlinear.name or rounding_of(scheme.act_library, scheme.activation) != NATIVE:
-            return super().linear(scheme, x, packed, bias)
+            return super().linear(scheme, x, packed, bias, gelu)
         if x.dtype not in ops.DTYPES:
-            return _kernel(x.float(), None, packed, bias).to(x.dtype)
-        return _kernel(x, None, packed, bias)
+            return _kernel(x.float(), None, packed, bias, gelu).to(x.dtype)
+        return _kernel(x, None, packed, bias, gelu)
 
 
-def _kernel(x: Tensor, x_scale: Tensor | None, packed: Packed, bias: Tensor | None) -> Tensor:
+def _kernel(x: Tensor, x_scale: Tensor | None, packed: Packed, bias: Tensor | None, gelu: bool = False) -> Tensor:
     shift = packed.get_buffer("shift") if packed.method == "int8" else None
-    return ops.linear(packed.method, x, x_scale, packed.n, packed.k, packed.weight, packed.scale, shift, bias, False)
+    return ops.linear(packed.method, x, x_scale, packed.n, packed.k, packed.weight, packed.scale, shift, bias, gelu)
 
 
 LIBRARY = OneDnnLibrary()

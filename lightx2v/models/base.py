@@ -6,7 +6,7 @@ Shapes: B batch, L video or image tokens, T text tokens, D width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -21,27 +21,49 @@ class Stream:
     txt: Tensor | None = None
 
 
+class TimeEmbedding(NamedTuple):
+    """The time embedding of S timesteps, float32, in the model's own form: S is the first dimension of each."""
+
+    head: Tensor
+    blocks: Tensor
+
+    def at(self, step: int) -> TimeEmbedding:
+        """That of one timestep, S = 1."""
+        return TimeEmbedding(self.head[step : step + 1], self.blocks[step : step + 1])
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What a model made of the conditions of one branch of a request: the same at every step."""
+
+    text: Tensor
+    """Text tokens after the model's own projection, [B, T, D]."""
+    image: Tensor | None = None
+    """Image tokens after the model's own projection, [B, N, D]."""
+    latent: Tensor | None = None
+    """`Conditions.latent`."""
+    memory: dict[int, Any] = field(default_factory=dict)
+    """What each block, by its index, has made of the tokens (Wan: keys and values), kept from its first use on."""
+
+
 @dataclass(slots=True)
 class StepContext:
     """All that a block reads besides the stream. Made by `embed`, the same for every block of one forward pass."""
 
-    temb: Tensor
-    """Time embedding in the model's own form (Wan: [B, 6, D], float32)."""
+    time: TimeEmbedding
+    """Of this step: S = 1, or B where every sample has a time of its own."""
     rope: tuple[Tensor, Tensor]
     """Cosines and sines of the rotary embedding, float32."""
-    text: Tensor
-    """Text tokens after the model's own projection, [B, T, D]."""
-    text_mask: Tensor | None = None
-    """[B, T] boolean, True for real tokens; None when every token counts."""
+    prepared: Prepared
+    grid: tuple[int, int, int]
+    """Frames, height and width of the video in tokens."""
     step: int = 0
     branch: Branch = "cond"
-    extra: dict[str, Any] = field(default_factory=dict)
-    """Family-specific inputs (Wan: `image` tokens, `head_temb`, `grid`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """What the encoders made of one branch of a request; the arguments of `DiT.embed` besides latents and time."""
+    """What the encoders made of one branch of a request; what `DiT.prepare` takes."""
 
     text: Tensor
     """[B, T, text_dim] in the compute dtype."""
@@ -53,12 +75,19 @@ class Conditions:
 
 
 class DiT(Protocol):
-    """A diffusion transformer: embed, a list of blocks, head. It knows nothing of quantization or of features."""
+    """A diffusion transformer: embed, a list of blocks, head. It knows nothing of quantization or of features.
+
+    `embed_time` and `prepare` hold what does not change from step to step, and are called once per request.
+    """
 
     blocks: nn.ModuleList
 
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding: ...
+
+    def prepare(self, conditions: Conditions) -> Prepared: ...
+
     def embed(
-        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, step: int = 0, branch: Branch = "cond"
+        self, latents: Tensor, time: TimeEmbedding, prepared: Prepared, *, step: int = 0, branch: Branch = "cond"
     ) -> tuple[Stream, StepContext]: ...
 
     def head(self, stream: Stream, context: StepContext) -> Tensor: ...

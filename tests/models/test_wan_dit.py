@@ -9,10 +9,11 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
 from lightx2v.attention.sdpa import torch_sdpa
+from lightx2v.elementwise import rotate
 from lightx2v.errors import ConfigError
 from lightx2v.models.base import Conditions, run_blocks
 from lightx2v.models.wan.arch import WanArch
-from lightx2v.models.wan.dit import WanDiT, rope_table, rotate
+from lightx2v.models.wan.dit import WanDiT, rope_table
 from lightx2v.models.wan.layout import detect
 from lightx2v.models.wan.spec import WAN
 from tests.models import tiny_checkpoints as tiny
@@ -78,8 +79,9 @@ def test_text_is_padded_with_zeros_and_not_masked(dit: WanDiT) -> None:
 @torch.no_grad()
 def test_embed_blocks_head_are_the_whole(dit: WanDiT) -> None:
     inputs = tiny.random_inputs(dit.arch, *SHAPES[0])
-    stream, context = dit.embed(*inputs, step=3, branch="uncond")
-    assert (context.step, context.branch, context.temb.dtype) == (3, "uncond", torch.float32)
+    latents, timestep, conditions = inputs
+    stream, context = dit.embed(latents, dit.embed_time(timestep), dit.prepare(conditions), step=3, branch="uncond")
+    assert (context.step, context.branch, context.time.blocks.dtype) == (3, "uncond", torch.float32)
     assert stream.x.shape == (2, 3 * 2 * 3, dit.arch.dim)
     assert torch.equal(dit.head(run_blocks(dit, stream, context), context), dit(*inputs))
 
@@ -130,8 +132,10 @@ def test_only_linears_and_attention_leave_float32(dit: WanDiT) -> None:
 
     half = tiny.cast_dit(tiny.tiny_dit(dit.arch.model_type), torch.bfloat16)
     half.set_attention(noting)
-    stream, context = half.embed(*tiny.random_inputs(dit.arch, *SHAPES[0]))
-    assert (stream.x.dtype, context.temb.dtype, context.text.dtype) == (torch.float32, torch.float32, torch.bfloat16)
+    latents, timestep, conditions = tiny.random_inputs(dit.arch, *SHAPES[0])
+    stream, context = half.embed(latents, half.embed_time(timestep), half.prepare(conditions))
+    assert (stream.x.dtype, context.time.blocks.dtype) == (torch.float32, torch.float32)
+    assert context.prepared.text.dtype == torch.bfloat16
     stream = run_blocks(half, stream, context)
     assert (stream.x.dtype, half.head(stream, context).dtype) == (torch.float32, torch.float32)
     assert dtypes == {torch.bfloat16}

@@ -70,7 +70,8 @@ def test_flash_adapters_compute_the_same_and_refuse_masks(name: str, installed: 
         (HOPPER, "bfloat16", "flash_attn3"),
         (HOPPER, "float32", "torch_sdpa"),
         (ADA, "float16", "flash_attn2"),
-        (CPU, "bfloat16", "torch_sdpa"),
+        (CPU, "bfloat16", "cpu_flash"),
+        (CPU, "float32", "torch_sdpa"),
     ],
 )
 def test_auto_takes_the_best_that_can_run(device: DeviceInfo, dtype: str, wanted: str, installed: list[str]) -> None:
@@ -99,7 +100,7 @@ def test_a_named_backend_that_cannot_run_is_an_error_unless_fallback_is_set(
         select_attention(name, device)
     assert reason in str(caught.value) and "torch_sdpa" in caught.value.allowed
     _, chosen, why = select_attention(name, device, fallback=True)
-    assert chosen == "torch_sdpa" and name in why and reason in why
+    assert chosen == ("cpu_flash" if device is CPU else "torch_sdpa") and name in why and reason in why
 
 
 @pytest.mark.parametrize("fallback", [False, True])

@@ -18,11 +18,13 @@ from torch.nn import functional as F
 
 from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
+from lightx2v.elementwise import Rope, add_gated, layer_norm, modulated_norm, norm_rope
 from lightx2v.errors import ConfigError
-from lightx2v.models.base import Branch, Conditions, StepContext, Stream, run_blocks
+from lightx2v.mm.together import feed_forward, project
+from lightx2v.models.base import Branch, Conditions, Prepared, StepContext, Stream, TimeEmbedding, run_blocks
 from lightx2v.models.wan.arch import WanArch
 
-Rope = tuple[Tensor, Tensor]
+KeysValues = tuple[Tensor, Tensor]
 
 
 def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
@@ -52,100 +54,105 @@ def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
     return angle.cos().float(), angle.sin().float()
 
 
-def rotate(x: Tensor, rope: Rope) -> Tensor:
-    """Rotary embedding of x [B, L, H, Dh], whose neighbouring components make the rotation planes."""
-    cos, sin = rope
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype that `module`, none of whose layers is ever quantized, computes in."""
     return next(module.parameters()).dtype
 
 
-class RMSNorm(nn.RMSNorm):
-    """Over the full width D, computed and returned in float32."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
-
-
 class LayerNorm(nn.LayerNorm):
-    """Computed and returned in float32."""
+    """Computed in float32, and returned so unless another dtype is asked for."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        return layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
 class SelfAttention(nn.Module):
+    fused: tuple[tuple[str, ...], ...] = (("q", "k", "v"),)
+    """Projections of the same tokens, which may be computed as one."""
+
     def __init__(self, arch: WanArch) -> None:
         super().__init__()
-        self.heads = arch.num_heads
+        self.heads, self.eps = arch.num_heads, arch.eps
         self.q = nn.Linear(arch.dim, arch.dim)
         self.k = nn.Linear(arch.dim, arch.dim)
         self.v = nn.Linear(arch.dim, arch.dim)
         self.o = nn.Linear(arch.dim, arch.dim)
-        self.norm_q = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
-        self.norm_k = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
+        self.norm_q = nn.RMSNorm(arch.dim, arch.eps) if arch.qk_norm else None
+        self.norm_k = nn.RMSNorm(arch.dim, arch.eps) if arch.qk_norm else None
         self.attention: AttentionFn = torch_sdpa
 
-    def split_heads(self, x: Tensor) -> Tensor:
-        """[B, L, D] -> [B, L, H, Dh]"""
-        return x.unflatten(-1, (self.heads, -1))
+    def normed(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope | None = None) -> Tensor:
+        """The norm, over the full width, and the rotary embedding: [B, L, D] -> [B, L, H, Dh]."""
+        return norm_rope(x, None if norm is None else norm.weight, self.eps, self.heads, rope)
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
-        q = rotate(self.split_heads(self.norm_q(self.q(x))), rope)
-        k = rotate(self.split_heads(self.norm_k(self.k(x))), rope)
-        v = self.split_heads(self.v(x))
-        return self.o(self.attention(q.to(v.dtype), k.to(v.dtype), v).flatten(2))
+        q, k, v = project(x, self.q, self.k, self.v)
+        q, k = self.normed(q, self.norm_q, rope), self.normed(k, self.norm_k, rope)
+        return self.o(self.attention(q, k, v.unflatten(-1, (self.heads, -1))).flatten(2))
 
 
 class CrossAttention(SelfAttention):
     """Attention to the text and, for image-to-video, to the image tokens; the two results are added."""
+
+    fused = (("k", "v"), ("k_img", "v_img"))
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__(arch)
         if arch.model_type == "i2v":
             self.k_img = nn.Linear(arch.dim, arch.dim)
             self.v_img = nn.Linear(arch.dim, arch.dim)
-            self.norm_k_img = RMSNorm(arch.dim, arch.eps) if arch.qk_norm else nn.Identity()
+            self.norm_k_img = nn.RMSNorm(arch.dim, arch.eps) if arch.qk_norm else None
 
-    def forward(self, x: Tensor, text: Tensor, image: Tensor | None) -> Tensor:  # type: ignore[override]
-        v = self.split_heads(self.v(text))
-        q = self.split_heads(self.norm_q(self.q(x))).to(v.dtype)
-        k = self.split_heads(self.norm_k(self.k(text))).to(v.dtype)
-        out = self.attention(q, k, v)
+    def keys_values(self, text: Tensor, image: Tensor | None) -> tuple[KeysValues, ...]:
+        """Keys and values [B, T, H, Dh] of the text tokens and, where there are any, of the image tokens."""
+        k, v = project(text, self.k, self.v)
+        made = [(self.normed(k, self.norm_k), v.unflatten(-1, (self.heads, -1)))]
         if image is not None:
-            k = self.split_heads(self.norm_k_img(self.k_img(image))).to(v.dtype)
-            out = out + self.attention(q, k, self.split_heads(self.v_img(image)))
+            k, v = project(image, self.k_img, self.v_img)
+            made.append((self.normed(k, self.norm_k_img), v.unflatten(-1, (self.heads, -1))))
+        return tuple(made)
+
+    def forward(self, x: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:  # type: ignore[override]
+        q = self.normed(self.q(x), self.norm_q)
+        out = self.attention(q, *keys_values[0])
+        for k, v in keys_values[1:]:
+            out = out + self.attention(q, k, v)
         return self.o(out.flatten(2))
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the time embedding."""
 
-    def __init__(self, arch: WanArch) -> None:
+    def __init__(self, arch: WanArch, index: int) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
+        self.index, self.eps = index, arch.eps
         self.self_attn = SelfAttention(arch)
-        self.norm3 = LayerNorm(arch.dim, arch.eps) if arch.cross_attn_norm else nn.Identity()
+        self.norm3 = LayerNorm(arch.dim, arch.eps) if arch.cross_attn_norm else None
         self.cross_attn = CrossAttention(arch)
-        self.norm2 = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
         self.ffn = nn.Sequential(
             nn.Linear(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(arch.ffn_dim, arch.dim)
         )
         self.modulation = nn.Parameter(torch.randn(1, 6, arch.dim) / arch.dim**0.5)
 
     def forward(self, stream: Stream, context: StepContext) -> Stream:
-        x, dtype = stream.x, context.text.dtype
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + context.temb).chunk(6, dim=1)
-        y = torch.addcmul(shift1, self.norm1(x), 1 + scale1)
-        x = x + self.self_attn(y.to(dtype), context.rope) * gate1
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context.text, context.extra["image"])
-        y = torch.addcmul(shift2, self.norm2(x), 1 + scale2)
-        return Stream(x + self.ffn(y.to(dtype)) * gate2)
+        prepared = context.prepared
+        if self.index not in prepared.memory:
+            prepared.memory[self.index] = self.cross_attn.keys_values(prepared.text, prepared.image)
+        dtype = prepared.text.dtype
+        return Stream(self.compute(stream.x, context.time.blocks, context.rope, prepared.memory[self.index], dtype))
+
+    def compute(
+        self, x: Tensor, time: Tensor, rope: Rope, keys_values: tuple[KeysValues, ...], dtype: torch.dtype
+    ) -> Tensor:
+        """The residual stream x [B, L, D] after this block; the linears compute in `dtype`."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
+        y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps, dtype), rope)
+        x = add_gated(x, y, gate1)
+        y = x.to(dtype) if self.norm3 is None else self.norm3(x, dtype)
+        x = add_gated(x, self.cross_attn(y, keys_values))
+        up, _, down = self.ffn
+        y = feed_forward(modulated_norm(x, shift2, scale2, self.eps, dtype), up, down)
+        return add_gated(x, y, gate2)
 
 
 class Head(nn.Module):
@@ -154,15 +161,14 @@ class Head(nn.Module):
     def __init__(self, arch: WanArch) -> None:
         super().__init__()
         self.patch_size = arch.patch_size
-        self.norm = LayerNorm(arch.dim, arch.eps, elementwise_affine=False)
+        self.eps = arch.eps
         self.head = nn.Linear(arch.dim, arch.out_dim * math.prod(arch.patch_size))
         self.modulation = nn.Parameter(torch.randn(1, 2, arch.dim) / arch.dim**0.5)
 
     def forward(self, stream: Stream, context: StepContext) -> Tensor:
-        shift, scale = (self.modulation.float() + context.extra["head_temb"][:, None]).chunk(2, dim=1)
-        y = torch.addcmul(shift, self.norm(stream.x), 1 + scale)
-        patches = self.head(y.to(dtype_of(self.head))).float()
-        patches = patches.unflatten(1, context.extra["grid"]).unflatten(-1, (*self.patch_size, -1))
+        shift, scale = (self.modulation.float() + context.time.head[:, None]).chunk(2, dim=1)
+        y = modulated_norm(stream.x, shift, scale, self.eps, dtype_of(self.head))
+        patches = self.head(y).float().unflatten(1, context.grid).unflatten(-1, (*self.patch_size, -1))
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
@@ -215,7 +221,7 @@ class WanDiT(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(arch.dim, 6 * arch.dim))
         if arch.model_type == "i2v":
             self.img_emb = ImageEmbedding(arch)
-        self.blocks = nn.ModuleList(Block(arch) for _ in range(arch.num_layers))
+        self.blocks = nn.ModuleList(Block(arch, index) for index in range(arch.num_layers))
         self.head = Head(arch)
         self._rope: dict[tuple[tuple[int, int, int], torch.device], Rope] = {}
 
@@ -225,30 +231,30 @@ class WanDiT(nn.Module):
             if isinstance(module, SelfAttention):
                 module.attention = fn
 
+    def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
+        """Timesteps [S] in 0..1000 to what the head [S, D] and the blocks [S, 6, D] add to their modulation."""
+        sinusoids = timestep_embedding(timesteps, self.arch.freq_dim).to(dtype_of(self.time_embedding))
+        head = self.time_embedding(sinusoids)
+        return TimeEmbedding(head.float(), self.time_projection(head).unflatten(1, (6, -1)).float())
+
+    def prepare(self, conditions: Conditions) -> Prepared:
+        """Text and image tokens in the model's own width."""
+        image = None if conditions.image is None else self.img_emb(conditions.image)
+        return Prepared(self._text_tokens(conditions.text), image, conditions.latent)
+
     def embed(
-        self, latents: Tensor, timestep: Tensor, conditions: Conditions, *, step: int = 0, branch: Branch = "cond"
+        self, latents: Tensor, time: TimeEmbedding, prepared: Prepared, *, step: int = 0, branch: Branch = "cond"
     ) -> tuple[Stream, StepContext]:
-        """Latents [B, C, t, h, w], timestep [B] in 0..1000 and conditions to tokens and what the blocks read."""
-        if conditions.latent is not None:
-            latents = torch.cat([latents, conditions.latent.to(latents.dtype)], dim=1)
+        """Latents [B, C, t, h, w] to tokens, and what the blocks read."""
+        if prepared.latent is not None:
+            latents = torch.cat([latents, prepared.latent.to(latents.dtype)], dim=1)
         tokens, grid = self._patches(latents)
-        head_temb = self.time_embedding(
-            timestep_embedding(timestep, self.arch.freq_dim).to(dtype_of(self.time_embedding))
-        )
-        temb = self.time_projection(head_temb).unflatten(1, (6, -1))
-        context = StepContext(
-            temb=temb.float(),
-            rope=self._rope_for(grid, latents.device),
-            text=self._text_tokens(conditions.text),
-            step=step,
-            branch=branch,
-            extra={"head_temb": head_temb.float(), "grid": grid, "image": self._image_tokens(conditions.image)},
-        )
-        return Stream(tokens.float()), context
+        rope = self._rope_for(grid, latents.device)
+        return Stream(tokens.float()), StepContext(time, rope, prepared, grid, step, branch)
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
-        """One evaluation: [B, C, t, h, w] -> [B, out_dim, t, h, w] float32."""
-        stream, context = self.embed(latents, timestep, conditions)
+        """One evaluation at timestep [B]: [B, C, t, h, w] -> [B, out_dim, t, h, w] float32."""
+        stream, context = self.embed(latents, self.embed_time(timestep), self.prepare(conditions))
         return self.head(run_blocks(self, stream, context), context)
 
     def _patches(self, latents: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
@@ -270,9 +276,6 @@ class WanDiT(nn.Module):
             raise ConfigError("text_len", f"{text.shape[1]} text tokens", allowed=f"at most {self.arch.text_len}")
         text = F.pad(text, (0, 0, 0, self.arch.text_len - text.shape[1]))
         return self.text_embedding(text.to(dtype_of(self.text_embedding)))
-
-    def _image_tokens(self, image: Tensor | None) -> Tensor | None:
-        return None if image is None else self.img_emb(image)
 
     def _rope_for(self, grid: tuple[int, int, int], device: torch.device) -> Rope:
         key = (grid, device)

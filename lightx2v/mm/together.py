@@ -1,0 +1,42 @@
+"""Linear layers that belong together: several projections of the same tokens, and the two of a feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lightx2v.elementwise import gelu_tanh
+from lightx2v.mm.fused import FusedPart
+from lightx2v.mm.linear import QuantLinear
+
+_CPU_ROWS = 1024
+"""Rows that a feed-forward takes at a time on a CPU, so that its wide middle stays in the outer cache."""
+
+
+def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
+    """Each of `linears` of x [..., K].
+
+    One product where `fuse_projections` has put their weights together; else one quantization of x where they agree on
+    it; else one after the other.
+    """
+    first = linears[0]
+    if isinstance(first, FusedPart) and all(isinstance(other, FusedPart) and other.of is first.of for other in linears):
+        return first.of(x).split([linear.out_features for linear in linears], dim=-1)
+    quantized = [linear for linear in linears if isinstance(linear, QuantLinear)]
+    if len(quantized) == len(linears) > 1 and all(quantized[0].quantizes_as(other) for other in quantized[1:]):
+        codes = quantized[0].quantize(x)
+        return tuple(linear.multiply(codes, x) for linear in quantized)
+    return tuple(linear(x) for linear in linears)
+
+
+def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+    """down(gelu(up(x))) with the tanh approximation, for x [B, L, K]."""
+    step = x.shape[1]
+    if x.device.type == "cpu" and not torch.is_grad_enabled():
+        step = max(1, _CPU_ROWS // x.shape[0])
+    parts = [down(_up(part, up)) for part in x.split(step, dim=1)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _up(x: Tensor, up: nn.Module) -> Tensor:
+    return up(x, gelu=True) if isinstance(up, QuantLinear) else gelu_tanh(up(x))
