@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import resource
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -60,7 +61,8 @@ def _source(url: str) -> str:
 
 
 _LIBRARIES = {
-    "sgl_kernel": _Library(("sgl-kernel",), "pip install sgl-kernel"),
+    # Releases from 0.4 on go by the longer name; the module kept its own.
+    "sgl_kernel": _Library(("sglang-kernel", "sgl-kernel"), "pip install sglang-kernel"),
     "q8_kernels": _Library(("q8-kernels",), _source("KONAKONA666/q8_kernels")),
     "deep_gemm": _Library(("deep-gemm",), _source("deepseek-ai/DeepGEMM")),
     "triton": _Library(("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu"), "pip install triton"),
@@ -75,7 +77,9 @@ _LIBRARIES = {
 def probe(module: str) -> Probe:
     """Look for top-level `module` without importing it. Never raises."""
     try:
-        found = module in sys.modules or importlib.util.find_spec(module) is not None
+        spec = None if module in sys.modules else importlib.util.find_spec(module)
+        # A folder of that name without Python files in it, say a clone's, is found as well: it has no origin.
+        found = module in sys.modules or (spec is not None and spec.origin is not None)
     except (ImportError, ValueError) as error:
         return Probe(module, None, f"cannot be looked up: {error}")
     if not found or sys.modules.get(module, module) is None:
@@ -195,6 +199,17 @@ def _backend(device: DeviceInfo) -> Any:
     import torch
 
     return {"cuda": torch.cuda, "rocm": torch.cuda, "xpu": torch.xpu, "mps": torch.mps}[device.kind]
+
+
+def compiler_for(device: DeviceInfo) -> str | None:
+    """Why torch.compile cannot make code for `device`: it needs a C++ compiler for CPUs and Triton for GPUs."""
+    if device.kind == "cpu":
+        found = any(shutil.which(name) for name in (os.environ.get("CXX") or "g++", "g++", "clang++"))
+        return None if found else "no C++ compiler is installed (install g++)"
+    if device.kind == "mps":
+        return None  # inductor writes Metal, whose compiler is part of macOS
+    reason = probe("triton").reason
+    return f"triton is {reason} ({install_hint('triton')})" if reason else None
 
 
 def compute_capability(device: torch.device) -> tuple[int, int] | None:

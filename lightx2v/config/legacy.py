@@ -44,6 +44,7 @@ RENAMED: dict[str, str] = {
     "attention_type": "attention.type",
     "attn_type": "attention.type",
     "attn_mode": "attention.type",
+    "use_compile": "compile",
     "save_video_path": "save_result_path",
 }
 """Old key to new key. One new key may have several old ones, which then must agree."""
@@ -68,7 +69,7 @@ _FEATURES: dict[str, str] = {
     "changing the resolution while sampling": "changing_resolution",
     "distilled models": "denoising_step_list enable_dynamic_cfg",
     "prompt enhancement": "use_prompt_enhancer sub_servers",
-    "compilation": "use_compile use_magi_compile",
+    "another compiler": "use_magi_compile",
     "audio": "audio_path",
     "frame interpolation and super-resolution": "video_frame_interpolation video_super_resolution target_fps",
     "choosing how an input image is resized": "resize_mode aspect_ratio aspect_ratios resolution i2v_resolution"

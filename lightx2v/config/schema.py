@@ -123,6 +123,7 @@ class Config(Section):
     t5: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the text encoder.")
     clip: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the image encoder.")
     attention: AttentionConfig = Field(default=AttentionConfig(), description="The attention kernel.")
+    compile: bool = Field(default=False, description="Compile the blocks of the DiT with torch.compile.")
     unload_modules: bool = Field(
         default=False, description="Load each component just before its use and free it right after."
     )

@@ -9,7 +9,7 @@ from lightx2v.elementwise import gelu_tanh
 from lightx2v.mm.fused import FusedPart
 from lightx2v.mm.linear import QuantLinear
 
-_CPU_ROWS = 1024
+CPU_ROWS = 1024
 """Rows that a feed-forward takes at a time on a CPU, so that its wide middle stays in the outer cache."""
 
 
@@ -33,7 +33,7 @@ def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     """down(gelu(up(x))) with the tanh approximation, for x [B, L, K]."""
     step = x.shape[1]
     if x.device.type == "cpu" and not torch.is_grad_enabled():
-        step = max(1, _CPU_ROWS // x.shape[0])
+        step = max(1, CPU_ROWS // x.shape[0])
     parts = [down(_up(part, up)) for part in x.split(step, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

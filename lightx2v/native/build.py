@@ -15,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,9 +40,19 @@ class Kernels:
     bfloat16: bool = False
 
 
-@lru_cache(maxsize=1)
+_known: Kernels | None = None
+
+
 def kernels() -> Kernels:
     """Compile if need be, load, and find out what works. Never raises: without kernels the engine uses torch's."""
+    # A plain variable and no lru_cache: torch.compile looks through the cache and would trace the compilation.
+    global _known
+    if _known is None:
+        _known = _find()
+    return _known
+
+
+def _find() -> Kernels:
     try:
         library = ctypes.CDLL(str(_built()))
     except (OSError, LightX2VError) as error:

@@ -34,14 +34,18 @@ def estimate(
     frame_pixels: int,
     vae_dim: int,
     unload: bool,
+    remembered: int = 0,
+    ffn_rows: int | None = None,
 ) -> MemoryEstimate:
     """Peak bytes of the stages text, image, denoise and decode.
 
-    `tokens` is the length of the DiT's sequence, `frame_pixels` = height * width, `vae_dim` the VAE's base channels.
-    The DiT holds, besides its weights, about eight [L, D] tensors in the compute dtype, three in float32 and two
+    `tokens` is the length of the DiT's sequence, `remembered` what is kept from step to step, `ffn_rows` the rows that
+    a feed-forward takes at a time (None: all), `frame_pixels` = height * width, `vae_dim` the VAE's base channels. The
+    DiT holds, besides its weights, about eight [L, D] tensors in the compute dtype, three in float32 and two
     [L, ffn]; the VAE about six feature maps of four frames at full size in float32, and the frames twice.
     """
-    denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + tokens * ffn_dim * 2 * dtype_bytes
+    wide = min(tokens, ffn_rows or tokens) * ffn_dim * 2 * dtype_bytes
+    denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + wide + remembered
     decode = 6 * 4 * frame_pixels * vae_dim * 4 + frames * frame_pixels * 3 * 4 * 2
     work = {"text": 0, "image": decode if "clip" in weights else 0, "denoise": denoise, "decode": decode}
     needs = {"text": ("t5",), "image": ("clip", "vae"), "denoise": ("dit",), "decode": ("vae",)}

@@ -18,9 +18,11 @@ from lightx2v.attention.base import AttentionFn, select_attention
 from lightx2v.config.schema import Config, EncoderConfig
 from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import CheckpointError, ConfigError
+from lightx2v.features.compile import unavailable as cannot_compile
 from lightx2v.io.media import check_result_path, read_image
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
+from lightx2v.mm.together import CPU_ROWS
 from lightx2v.models.spec import FAMILIES, FamilySpec
 from lightx2v.plan.layers import FLOAT_DTYPES, ComponentPlan, plan_component
 from lightx2v.plan.memory import MemoryEstimate, check_fits, estimate
@@ -29,6 +31,8 @@ from lightx2v.plan.request import Request, build_request
 from lightx2v.platform import DeviceInfo
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+CLIP_TOKENS = 257
+"""Tokens of the image encoder: 16 x 16 patches and one for the whole."""
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-wan"
 
 
@@ -79,7 +83,7 @@ class Plan:
                 for name, part in self.components.items()
             },
             "attention": {"backend": self.attention_name, "reason": self.attention_reason},
-            "features": {"unload_modules": self.config.unload_modules},
+            "features": {"compile": self.config.compile, "unload_modules": self.config.unload_modules},
             "memory": {**self.memory.stages, "peak": self.memory.peak},
         }
 
@@ -116,6 +120,8 @@ def _check_dit_tensors(module: nn.Module, checkpoint: Checkpoint, rename: Callab
             do="check that the file belongs to this family, size and task, and that it is whole",
         )
     for name, parameter in wanted.items():
+        if name.endswith(".weight") and found[name].dtype not in FLOAT_DTYPES:
+            continue  # codes may be packed; whether they are as the layer's mm_type reads them is looked at with it
         if found[name].shape != tuple(parameter.shape):
             raise CheckpointError(
                 where,
@@ -211,8 +217,20 @@ def _plan_encoder(
     )
 
 
+def _remembered(config: Config, arch: Any, request: Request) -> int:
+    """Bytes of the keys and values of the conditions, which are kept for all steps."""
+    tokens = arch.text_len + (CLIP_TOKENS if request.task == "i2v" else 0)
+    branches = 2 if request.cfg else 1
+    return int(branches * arch.num_layers * tokens * arch.dim * 2 * DTYPE_BYTES[config.dtype])
+
+
 def _memory(
-    config: Config, files: Any, request: Request, family: FamilySpec, parts: Mapping[str, ComponentPlan]
+    config: Config,
+    files: Any,
+    request: Request,
+    family: FamilySpec,
+    parts: Mapping[str, ComponentPlan],
+    device: DeviceInfo,
 ) -> MemoryEstimate:
     _, t, h, w = family.latent_shape(request.height, request.width, request.frames)
     patch = family.patch_size
@@ -227,6 +245,8 @@ def _memory(
         tokens=t * h * w // math.prod(patch),
         dim=files.arch.dim,
         ffn_dim=files.arch.ffn_dim,
+        remembered=_remembered(config, files.arch, request),
+        ffn_rows=CPU_ROWS if device.kind == "cpu" else None,
         dtype_bytes=DTYPE_BYTES[config.dtype],
         frames=request.frames,
         frame_pixels=request.height * request.width,
@@ -254,9 +274,11 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     components["t5"] = _plan_encoder("t5", config.t5, config, files, files.require("text_encoder"), device)
     if config.task == "i2v":
         components["clip"] = _plan_encoder("clip", config.clip, config, files, files.require("image_encoder"), device)
+    if config.compile and (missing := cannot_compile(device)):
+        raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
     attention, name, reason = select_attention(
         config.attention.type, device, fallback=config.attention.fallback, dtype=config.dtype
     )
-    memory = _memory(config, files, request, family, components)
+    memory = _memory(config, files, request, family, components, device)
     check_fits(memory, device, config.max_memory_gb)
     return Plan(config, family, device, files, request, components, attention, name, reason, memory)

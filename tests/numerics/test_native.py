@@ -178,7 +178,7 @@ def test_a_compiler_that_fails_is_a_reason_and_no_error(tmp_path: Path, monkeypa
     broken.chmod(0o755)
     monkeypatch.setenv("CXX", str(broken))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    found = kernels.__wrapped__()
+    found = build._find()
     assert found.library is None and found.reason is not None and "out of luck" in found.reason
     assert not list((tmp_path / "lightx2v").iterdir())
 
@@ -199,4 +199,4 @@ def test_the_cache_is_used_and_depends_on_the_sources(tmp_path: Path, monkeypatc
     (copy / "common.h").write_text((copy / "common.h").read_text() + "\n")
     monkeypatch.setattr(build, "SOURCES", copy)
     assert first == second != build._built() and len(compiled) == 2
-    assert "invalid" in str(kernels.__wrapped__().reason) or kernels.__wrapped__().library is None
+    assert "invalid" in str(build._find().reason) or build._find().library is None

@@ -240,7 +240,7 @@ def test_published_quantization_example_works(write: WriteJson, warnings: list[s
 
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
 def test_every_old_name_sets_the_new_one_with_a_warning(old: str, new: str, warnings: list[str]) -> None:
-    switches = ("cfg", "quantized", "weight_auto_quant", "bfloat16")
+    switches = ("cfg", "quantized", "weight_auto_quant", "bfloat16", "compile")
     value: object = False if old.endswith(switches) else "x" if SETTINGS[new] else 2
     found: Any = load_config(None, {old: value})
     for part in new.split("."):
