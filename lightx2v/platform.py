@@ -9,8 +9,10 @@ import platform
 import resource
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +99,24 @@ def install_hint(module: str) -> str:
     return _LIBRARIES[module].install if module in _LIBRARIES else f"pip install {module.replace('_', '-')}"
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels and measurements are kept: `lightx2v` in the user's cache, or else a temporary folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = base / "lightx2v"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if os.access(folder, os.W_OK):
+            return folder
+    except OSError:
+        pass
+    return _temporary_folder()
+
+
+@lru_cache(maxsize=1)
+def _temporary_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="lightx2v-"))
+
+
 def _read_int(path: Path) -> int | None:
     try:
         return int(path.read_text())
@@ -147,7 +167,17 @@ def _proc_kilobytes(path: str, key: str) -> int | None:
 def _cpu() -> DeviceInfo:
     ram = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     total, free = _cgroup_memory(ram, _proc_kilobytes("/proc/meminfo", "MemAvailable") or ram)
-    return DeviceInfo("cpu", 0, platform.processor() or platform.machine(), None, total, free)
+    return DeviceInfo("cpu", 0, _cpu_name(), None, total, free)
+
+
+def _cpu_name() -> str:
+    """The model as Linux or the platform module tells it, such as "AMD EPYC"."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, "") or platform.processor() or platform.machine()
 
 
 def _accelerators() -> Iterator[DeviceInfo]:

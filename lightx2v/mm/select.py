@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import cache
+from itertools import takewhile
 
 from loguru import logger
 
 from lightx2v.config.schema import MMRule
 from lightx2v.errors import ConfigError
 from lightx2v.mm.libraries import LIBRARIES, servers, unavailable
+from lightx2v.mm.measured import ranking
 from lightx2v.mm.scheme import LIBRARY_TOKENS, Scheme
 from lightx2v.platform import DeviceInfo
 
@@ -52,10 +54,13 @@ def choose(scheme: Scheme, n: int, k: int, device: DeviceInfo, fallback: bool, l
     able = [library for library, reason in verdicts.items() if reason is None]
     against = [f"{library}: {reason}" for library, reason in verdicts.items() if reason and library != wanted]
     if able and (wanted == "auto" or fallback):
-        chosen = able[0]
+        seconds = ranking(scheme, able, n, k, device) if wanted == "auto" else {}
+        order = [*seconds, *(library for library in able if library not in seconds)]
+        chosen = order[0]
         how = LIBRARIES[chosen].describe(scheme.with_library(chosen), device)
         if wanted == "auto":
-            return chosen, "; ".join([f"auto: {how}", *against])
+            better = [f"{library}: {reason}" for library, reason in takewhile(lambda each: each[1], verdicts.items())]
+            return chosen, "; ".join([f"auto: {how}", *_second(order, seconds), *better])
         _warn_once(f"{scheme.name}: computed by {chosen} instead of {wanted}, which cannot ({problem})")
         return chosen, f"fallback from {wanted} ({problem}): {how}"
     reasons = "; ".join([*([f"{wanted}: {problem}"] if problem else []), *against])
@@ -68,7 +73,17 @@ def choose(scheme: Scheme, n: int, k: int, device: DeviceInfo, fallback: bool, l
     )
 
 
-def code_bytes(plan: LayerPlan, device: DeviceInfo) -> int:
+def _second(order: Sequence[str], seconds: Mapping[str, float]) -> list[str]:
+    """The library that comes next, and how much more time it was measured to take."""
+    if len(order) < 2:
+        return []
+    first, second = order[:2]
+    if second not in seconds:
+        return [f"second best {second}"]
+    return [f"second best {second}, measured to take {seconds[second] / seconds[first]:.1f}x as long"]
+
+
+def code_bytes(plan: LayerPlan, device: DeviceInfo) -> float:
     """Bytes per weight of a quantized layer on `device`, once its library has packed it."""
     return LIBRARIES[plan.library].code_bytes(plan.scheme, device)
 

@@ -21,6 +21,7 @@ import torch
 from loguru import logger
 
 from lightx2v.errors import LightX2VError
+from lightx2v.platform import cache_folder
 
 SOURCES = Path(__file__).parent / "src"
 _FLAGS = (
@@ -72,7 +73,7 @@ def _built() -> Path:
         name.update(part.encode() + b"\0")
     for source in sources:
         name.update(source.read_bytes())
-    target = _cache_folder() / f"kernels-{name.hexdigest()[:20]}.so"
+    target = cache_folder() / f"kernels-{name.hexdigest()[:20]}.so"
     if not target.exists():
         _compile(compiler, [source for source in sources if source.suffix == ".cpp"], target)
     return target
@@ -98,18 +99,6 @@ def _cpu_features() -> str:
 
 def _torch_folder() -> Path:
     return Path(torch.__file__).parent / "lib"
-
-
-def _cache_folder() -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = base / "lightx2v"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    return Path(tempfile.mkdtemp(prefix="lightx2v-"))
 
 
 def _openmp() -> list[str]:

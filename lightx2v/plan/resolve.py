@@ -90,7 +90,11 @@ class Plan:
     @property
     def hash(self) -> str:
         """Twelve hex digits that two runs share when all that decides their result is the same."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
+        content = self.to_json()
+        for part in content["components"].values():
+            for layer in part["layers"]:
+                del layer["reason"]  # it has measured times in it
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
     def render(self) -> str:
         """The plan as `lightx2v explain` prints it."""
@@ -165,7 +169,10 @@ def _plan_dit(config: Config, family: FamilySpec, files: Any, device: DeviceInfo
 
 
 def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: Path) -> tuple[Path, str]:
-    """Checkpoint and mm_type of an encoder. Without a path, LightX2V's two conventional places are looked at."""
+    """Checkpoint and mm_type of an encoder. Without a path, LightX2V's two conventional places are looked at.
+
+    "auto" looks there for int8 and fp8, and takes the one that is there.
+    """
     if not encoder.quantized:
         if encoder.quantized_ckpt is not None:
             raise ConfigError(
@@ -179,16 +186,24 @@ def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: 
         )
     if encoder.quantized_ckpt is not None:
         return Path(encoder.quantized_ckpt), scheme
-    short = scheme.split("-")[0]
+    spec = None if scheme == "auto" else parse(scheme).weight
+    kinds = ("int8", "fp8") if scheme == "auto" else (spec.dtype if spec else scheme,)
     july = {"t5": "models_t5_umt5-xxl-enc", "clip": "clip"}[name]
     head = {"t5": "models_t5_umt5-xxl-enc", "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14"}[name]
-    places = [files.root / short / f"{july}-{short}.pth", files.root / f"{head}-{short}.pth"]
-    for place in places:
-        if place.exists():
-            return place, scheme
+    places = {kind: [files.root / kind / f"{july}-{kind}.pth", files.root / f"{head}-{kind}.pth"] for kind in kinds}
+    found = [there[0] for of_kind in places.values() if (there := [place for place in of_kind if place.exists()])]
+    if len(found) == 1:
+        return found[0], scheme
+    if found:
+        raise ConfigError(
+            f"{name}.quantized_ckpt",
+            "is not set, and several files could be meant: " + ", ".join(map(str, found)),
+            do=f"set it, or name the scheme as {name}.quant_scheme",
+        )
     raise ConfigError(
         f"{name}.quantized_ckpt",
-        "is not set, and no converted file lies in its usual places: " + ", ".join(map(str, places)),
+        "is not set, and no converted file lies in its usual places: "
+        + ", ".join(str(place) for of_kind in places.values() for place in of_kind),
         do=f"convert one: lightx2v convert --quantized --model_type wan_{name} ...",
     )
 

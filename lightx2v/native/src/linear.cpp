@@ -125,14 +125,15 @@ struct Fp8Channel {
 struct Fp8Block {
   using Code = bf16;
   using Acc = float;
-  static constexpr int64_t kGroup = 128;
+  static constexpr int64_t kGroup = 128, kChunk = 8 * kGroup;
+  static constexpr int64_t kTile = 64;  // rows whose sums stay in the innermost cache through the groups of a chunk
   Layer layer;
   const uint8_t* weight;
 
   int64_t groups() const { return layer.padded / kGroup; }
   int64_t code_count(int64_t rows) const { return rows * layer.padded; }
   int64_t token_scales() const { return groups(); }
-  int64_t panel_count() const { return kGroup * kColumns; }
+  int64_t panel_count() const { return kChunk * kColumns; }
 
   template <class T>
   void quantize(const Values<T>& x, int64_t rows, Code* codes, float* scales) const {
@@ -155,20 +156,30 @@ struct Fp8Block {
                Acc* sums) const {
     const uint8_t* w = weight + panel * layer.padded * kColumns;
     const float* block = layer.scale + panel * kColumns / kGroup * groups();
-    for (int64_t g = 0; g < groups(); ++g) {
-      decode_e4m3(w + g * kGroup * kColumns, kGroup * kColumns, decoded);
-      multiply(rows, kGroup, layer.padded, false, codes + g * kGroup, decoded, part);
-      for (int64_t i = 0; i < rows; ++i) {
-        const float by = scales[g * rows + i] * block[g];
-        float* to = sums + i * kColumns;
-        const float* from = part + i * kColumns;
-        if (g == 0) {
-#pragma omp simd
-          for (int64_t j = 0; j < kColumns; ++j) to[j] = from[j] * by;
-        } else {
-#pragma omp simd
-          for (int64_t j = 0; j < kColumns; ++j) to[j] += from[j] * by;
+    for (int64_t start = 0; start < layer.padded; start += kChunk) {
+      const int64_t depth = std::min(kChunk, layer.padded - start);
+      decode_e4m3(w + start * kColumns, depth * kColumns, decoded);
+      for (int64_t row = 0; row < rows; row += kTile) {
+        const int64_t count = std::min(kTile, rows - row);
+        for (int64_t k = start; k < start + depth; k += kGroup) {
+          const int64_t g = k / kGroup;
+          multiply(count, kGroup, layer.padded, false, codes + row * layer.padded + k, decoded + (k - start) * kColumns, part);
+          add(part, scales + g * rows + row, block[g], count, k > 0, sums + row * kColumns);
         }
+      }
+    }
+  }
+  static void add(const float* part, const float* scales, float block, int64_t rows, bool more, Acc* sums) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const float by = scales[i] * block;
+      const float* from = part + i * kColumns;
+      float* to = sums + i * kColumns;
+      if (more) {
+#pragma omp simd
+        for (int64_t j = 0; j < kColumns; ++j) to[j] += from[j] * by;
+      } else {
+#pragma omp simd
+        for (int64_t j = 0; j < kColumns; ++j) to[j] = from[j] * by;
       }
     }
   }
