@@ -29,6 +29,7 @@ HELP = {
     "explain": "Print what would run, on which kernels and why, without loading weights.",
     "convert": "Convert a checkpoint: layout, quantization, LoRA.",
     "eval": "Measure a quantization against the unquantized model.",
+    "bench": "Measure speed, and other libraries' speed beside it.",
     "doctor": "Print the devices, the versions, and which kernel libraries are there.",
     "schema": "Print the JSON Schema of the settings.",
 }
@@ -160,11 +161,19 @@ def evaluate(prog: str, argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def bench(prog: str, argv: Sequence[str]) -> int:
+    start_log("--debug" in argv)
+    from lightx2v.bench.cli import main as run
+
+    return run(argv, prog)
+
+
 VERBS: dict[str, Callable[[str, Sequence[str]], int]] = {
     "generate": generate,
     "explain": explain,
     "convert": convert,
     "eval": evaluate,
+    "bench": bench,
     "doctor": doctor,
     "schema": schema,
 }

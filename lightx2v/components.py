@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -14,45 +13,73 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lightx2v import platform
+from lightx2v.attention.base import AttentionFn
 from lightx2v.encoders.clip_vision import load_clip
 from lightx2v.encoders.umt5 import load_text_encoder
 from lightx2v.features.compile import compile_blocks
-from lightx2v.io.comfy import stream_marks
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
+from lightx2v.mm.select import LayerPlan
+from lightx2v.models.spec import FamilySpec
 from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
 from lightx2v.vae.wan import load_vae
 
 
 def load_dit(plan: Plan) -> nn.Module:
-    """Build the DiT on meta, swap its linears, stream its weights into place, inject the attention backend."""
+    """The DiT of a plan with the weights of its checkpoint."""
     part = plan.components["dit"]
-    dtype = getattr(torch, plan.config.dtype)
-    with torch.device("meta"):
-        module = plan.family.build_dit(plan.files.arch)
-    swap_linears(module, part.by_name(), dtype, part.auto_quant)
-    fp32_names: tuple[str, ...] = cast(Any, module).fp32_names
-
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if any(fnmatchcase(name, glob) for glob in fp32_names) else dtype
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         checkpoint = Checkpoint.open(part.checkpoint)
-        names = [name for name in checkpoint.tensors if not plan.family.is_unused(name)]
-        wanted = part.read_raw()
-        raw = {name for name in names if plan.family.original_name(name) in wanted}
-        for name, tensor in chain(checkpoint.stream(names, raw), stream_marks(checkpoint)):
+        for name, tensor in checkpoint.stream(n for n in checkpoint.tensors if not plan.family.is_unused(n)):
             yield plan.family.original_name(name), tensor
 
-    stream_into(
-        module, tensors(), device=torch.device(plan.device.torch_name), dtype_of=dtype_of, where=str(part.checkpoint)
+    return assemble_dit(
+        plan.family,
+        plan.files.arch,
+        part.by_name(),
+        tensors(),
+        device=torch.device(plan.device.torch_name),
+        dtype=getattr(torch, plan.config.dtype),
+        auto_quant=part.auto_quant,
+        attention=plan.attention,
+        compiled=plan.config.compile,
+        where=str(part.checkpoint),
     )
+
+
+def assemble_dit(
+    family: FamilySpec,
+    arch: Any,
+    plans: Mapping[str, LayerPlan],
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    auto_quant: bool,
+    attention: AttentionFn,
+    compiled: bool,
+    where: str,
+) -> nn.Module:
+    """Build a DiT on meta, exchange its linears, stream `tensors` (by original name) into place, attach features.
+
+    `dtype` is what it computes in, `where` what an error names as the source of the tensors.
+    """
+    with torch.device("meta"):
+        module = family.build_dit(arch)
+    swap_linears(module, plans, dtype, auto_quant)
+    dit = cast(Any, module)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if any(fnmatchcase(name, glob) for glob in dit.fp32_names) else dtype
+
+    stream_into(module, tensors, device=device, dtype_of=dtype_of, where=where)
     fuse_projections(module)
-    cast(Any, module).set_attention(plan.attention)
-    if plan.config.compile:
-        compile_blocks(cast(Any, module))
+    dit.set_attention(attention)
+    if compiled:
+        compile_blocks(dit)
     return module.eval()
 
 
