@@ -21,15 +21,28 @@ enum Epilogue : int { kNone = 0, kGeluTanh = 1 };
 template <int kEpilogue, class Acc, class Y>
 inline void finish_row(const Acc* sums, const int32_t* shift, const float* scale, float token, const float* bias,
                        int64_t count, Y* y) {
+  float values[kColumns];  // short loops, each of which the compiler turns into vector code
+  if (shift) {
 #pragma omp simd
-  for (int64_t j = 0; j < count; ++j) {
-    float value = float(shift ? sums[j] - Acc(shift[j]) : sums[j]);
-    if (scale) value *= scale[j];
-    value *= token;
-    if (bias) value += bias[j];
-    if (kEpilogue == kGeluTanh) value = gelu_tanh(value);
-    store(value, y + j);
+    for (int64_t j = 0; j < count; ++j) values[j] = float(sums[j] - Acc(shift[j]));
+  } else {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) values[j] = float(sums[j]);
   }
+  if (scale) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) values[j] = values[j] * scale[j] * token;
+  }
+  if (bias) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) values[j] += bias[j];
+  }
+  if (kEpilogue == kGeluTanh) {
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) values[j] = gelu_tanh(values[j]);
+  }
+#pragma omp simd
+  for (int64_t j = 0; j < count; ++j) store(values[j], y + j);
 }
 
 struct Int8 {
