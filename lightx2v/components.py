@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -17,6 +18,7 @@ from lightx2v.attention.base import AttentionFn
 from lightx2v.encoders.clip_vision import load_clip
 from lightx2v.encoders.umt5 import load_text_encoder
 from lightx2v.features.compile import compile_blocks
+from lightx2v.io.comfy import stream_marks
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
@@ -33,7 +35,10 @@ def load_dit(plan: Plan) -> nn.Module:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         checkpoint = Checkpoint.open(part.checkpoint)
-        for name, tensor in checkpoint.stream(n for n in checkpoint.tensors if not plan.family.is_unused(n)):
+        names = [name for name in checkpoint.tensors if not plan.family.is_unused(name)]
+        blocks = part.read_raw()
+        raw = {name for name in names if plan.family.original_name(name) in blocks}
+        for name, tensor in chain(checkpoint.stream(names, raw), stream_marks(checkpoint)):
             yield plan.family.original_name(name), tensor
 
     return assemble_dit(

@@ -6,10 +6,11 @@ import platform as python_platform
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from lightx2v.platform import install_hint, list_devices, probe
+from lightx2v.platform import DeviceInfo, install_hint, list_devices, probe
 
 PACKAGES = ("torch", "transformers", "diffusers")
 KERNELS = ("vllm", "sgl_kernel", "q8_kernels", "deep_gemm", "torchao", "triton")
@@ -19,22 +20,40 @@ _IMPORT_SECONDS = 120
 
 
 def examine() -> dict[str, Any]:
-    """Everything as plain data. An entry has `version`, or `reason` and the command that would `install` it."""
+    """Everything as plain data.
+
+    An entry has the `version` that works here; or the `reason` why none does, and its remedy: the command that would
+    `install` it, the device that it `needs` and this machine lacks, or both.
+    """
     from lightx2v import __version__
 
-    torch = _package("torch")
+    torch, devices = _package("torch"), list_devices()
+    needs = _hardware(devices) if torch["version"] else {}
     return {
         "lightx2v": __version__,
         "python": python_platform.python_version(),
-        "devices": [{"torch_name": device.torch_name, **asdict(device)} for device in list_devices()],
+        "devices": [{"torch_name": device.torch_name, **asdict(device)} for device in devices],
         "packages": {"torch": torch} | {name: _package(name) for name in PACKAGES[1:]},
-        "kernels": {name: _library(name) for name in KERNELS} | {"onednn": _onednn(torch)},
+        "kernels": {name: _library(name, needs.get(name)) for name in KERNELS} | {"onednn": _onednn(torch)},
         "attention": {"torch_sdpa": torch} | {name: _library(name) for name in ATTENTION},
     }
 
 
-def _entry(module: str, version: str | None, reason: str | None) -> dict[str, str | None]:
-    return {"version": version, "reason": reason, "install": None if reason is None else install_hint(module)}
+def _hardware(devices: Sequence[DeviceInfo]) -> dict[str, str]:
+    """For each kernel library's module that no device here can run: the device that it needs."""
+    from lightx2v.mm.adapter import VendorLibrary
+    from lightx2v.mm.libraries import LIBRARIES
+
+    vendors = [library for library in map(LIBRARIES.__getitem__, LIBRARIES) if isinstance(library, VendorLibrary)]
+    lacking = {vendor.module: [vendor.hardware(device) for device in devices] for vendor in vendors}
+    return {module: reasons[0] for module, reasons in lacking.items() if all(reasons) and reasons[0]}
+
+
+def _entry(
+    module: str, version: str | None, reason: str | None, needs: str | None = None, installed: bool = False
+) -> dict[str, str | None]:
+    install = install_hint(module) if reason and not installed else None
+    return {"version": version, "reason": reason, "install": install, "needs": needs}
 
 
 def _package(module: str) -> dict[str, str | None]:
@@ -42,11 +61,13 @@ def _package(module: str) -> dict[str, str | None]:
     return _entry(module, found.version, found.reason)
 
 
-def _library(module: str) -> dict[str, str | None]:
+def _library(module: str, needs: str | None = None) -> dict[str, str | None]:
     """Like `_package`, and imports it in another process: a kernel library built for another torch may even crash."""
     found = probe(module)
     if found.version is None:
-        return _entry(module, None, found.reason)
+        return _entry(module, None, found.reason, needs)
+    if needs:  # its import says nothing then: many fail where there is no device for them
+        return _entry(module, None, f"{found.version} is installed, but no device here can run it", needs, True)
     command = [sys.executable, "-c", f"import {module}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
@@ -79,6 +100,7 @@ def render(report: dict[str, Any]) -> str:
     for group, heading in (("packages", "packages"), ("kernels", "kernel libraries"), ("attention", "attention")):
         lines += ["", heading]
         for name, entry in report[group].items():
-            there = entry["version"] or f"{entry['reason']}; {entry['install']}"
+            needs = entry["needs"] and f"needs {entry['needs']}"
+            there = "; ".join(filter(None, (entry["version"], entry["reason"], needs, entry["install"])))
             lines.append(f"  {_TITLES.get(name, name):<26} {there}")
     return "\n".join(lines)

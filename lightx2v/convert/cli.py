@@ -88,7 +88,10 @@ def _quantization_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantized", action="store_true", help="quantize the linear layers of the blocks")
     group.add_argument("--linear_type", type=_one_of(LINEAR_TYPES), help=f"scheme: {', '.join(LINEAR_TYPES)}")
     group.add_argument("--linear_dtype", type=_one_of(LINEAR_DTYPES), help=f"older form: {', '.join(LINEAR_DTYPES)}")
-    group.add_argument("--bits", type=int, help="bits of a code: 8")
+    group.add_argument("--bits", type=int, help="bits of a code, where LightX2V's 8 does not say it")
+    group.add_argument(
+        "--comfyui_mode", action="store_true", help="fp8 with one scale for each weight, under ComfyUI's names"
+    )
     group.add_argument(
         "--non_linear_dtype",
         type=_one_of(FLOAT_DTYPES),

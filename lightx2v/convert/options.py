@@ -7,10 +7,32 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightx2v.errors import ConfigError
-from lightx2v.quant.spec import FP8_BLOCK128, FP8_CHANNEL, INT8_CHANNEL, QSpec
+from lightx2v.quant.spec import (
+    FP8_BLOCK128,
+    FP8_CHANNEL,
+    FP8_TENSOR,
+    INT4_G128,
+    INT8_CHANNEL,
+    MXFP4,
+    MXFP6,
+    MXFP8,
+    NVFP4,
+    QSpec,
+)
 
-LINEAR_TYPES: Mapping[str, QSpec] = {"int8": INT8_CHANNEL, "fp8": FP8_CHANNEL, "fp8-b128": FP8_BLOCK128}
+LINEAR_TYPES: Mapping[str, QSpec] = {
+    "int8": INT8_CHANNEL,
+    "fp8": FP8_CHANNEL,
+    "fp8-b128": FP8_BLOCK128,
+    "fp8-pertensor": FP8_TENSOR,
+    "mxfp8": MXFP8,
+    "mxfp6": MXFP6,
+    "mxfp4": MXFP4,
+    "nvfp4": NVFP4,
+    "int4-g128": INT4_G128,
+}
 """Names of the weight schemes that can be written."""
+_OF_ENCODERS = ("int8", "fp8", "fp8-b128")
 LINEAR_DTYPES: Mapping[str, str] = {"torch.int8": "int8", "torch.float8_e4m3fn": "fp8"}
 """The older way to name a scheme: by the dtype of its codes."""
 FLOAT_DTYPES: Mapping[str, str] = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -72,7 +94,7 @@ class Options:
     save_by_block: bool = False
     single_file: bool = False
     quantized: bool = False
-    bits: int = 8
+    bits: int | None = None
     linear_type: str | None = None
     non_linear_dtype: str | None = None
     """None: float32 when quantizing, the dtype of the source otherwise."""
@@ -82,6 +104,7 @@ class Options:
     target_keys: tuple[str, ...] = ()
     ignore_keys: tuple[str, ...] = ()
     ignore_quant_keys: tuple[str, ...] = ()
+    comfyui_mode: bool = False
     copy_no_weight_files: bool = False
     device: str = "cpu"
     parallel: bool = True
@@ -89,8 +112,6 @@ class Options:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values, and combinations of them, that make no sense."""
-        if self.bits != 8:
-            raise ConfigError("--bits", f"{self.bits} is not supported", allowed="8")
         if self.chunk_size < 1:
             raise ConfigError(
                 "--chunk-size",
@@ -115,9 +136,19 @@ class Options:
             "--target-keys": self.target_keys,
             "--ignore-quant-keys": self.ignore_quant_keys,
         }
+        given |= {"--bits": self.bits, "--comfyui_mode": self.comfyui_mode or None}
         idle = [flag for flag, value in given.items() if value not in (None, ())]
         if idle and not self.quantized:
             raise ConfigError(", ".join(idle), "has an effect only with --quantized", do="add --quantized")
+        if self.model_type != "wan_dit" and self.linear_type not in (None, *_OF_ENCODERS):
+            raise ConfigError("--linear_type", f"{self.linear_type} is for the DiT", allowed=", ".join(_OF_ENCODERS))
+        if self.comfyui_mode and self.linear_type not in (None, "fp8", "fp8-pertensor"):
+            raise ConfigError("--comfyui_mode", f"writes no {self.linear_type}", allowed="--linear_type fp8")
+        spec = self.spec
+        # LightX2V's --bits is 8 whatever the type.
+        if spec is not None and self.bits not in (None, 8, spec.bits):
+            allowed = "8" if spec.bits == 8 else f"{spec.bits:g} (or 8, which LightX2V has for every type)"
+            raise ConfigError("--bits", f"{self.bits} with --linear_type {self.linear_type}", allowed=allowed)
         if self.key_idx is not None and self.key_idx < 0:
             raise ConfigError("--key-idx", f"{self.key_idx}", allowed="0 or more")
 
@@ -127,7 +158,9 @@ class Options:
 
     @property
     def spec(self) -> QSpec | None:
-        return LINEAR_TYPES[self.linear_type] if self.quantized and self.linear_type else None
+        if not self.quantized or self.linear_type is None:
+            return None
+        return FP8_TENSOR if self.comfyui_mode else LINEAR_TYPES[self.linear_type]
 
     @property
     def float_dtype(self) -> str | None:

@@ -15,33 +15,36 @@ from lightx2v.convert.configs import output_config
 from lightx2v.convert.lora import Patch, read_loras
 from lightx2v.convert.options import MODEL_TYPES, LayerRule, Options
 from lightx2v.convert.source import fingerprint, locate
-from lightx2v.convert.writer import TORCH_DTYPES, Slot
+from lightx2v.convert.writer import Slot
 from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.weights import Checkpoint
+from lightx2v.quant.layouts import SCALE_LEAVES, layouts_of
 from lightx2v.quant.spec import QSpec
 
 FORMAT_VERSION = "1"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks|transformer)\.(\d+)\.")
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_CODES = {"int8": "I8", "fp8": "F8_E4M3"}
+_COMFY_NAMES = {"weight_scale": "scale_weight"}
+_COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))
+"""What tells ComfyUI that the file has fp8 with scales: two zeros."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the source on its way: `weight`, and `scale` when `spec` says that it is quantized."""
+    """One tensor of the source on its way: `weight`, and `scales` by leaf when `spec` says that it is quantized."""
 
     source: TensorInfo
     original: str
     weight: Slot
-    scale: Slot | None
+    scales: Mapping[str, Slot]
     spec: QSpec | None
     patches: tuple[Patch, ...]
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return (self.weight,) if self.scale is None else (self.weight, self.scale)
+        return (self.weight, *self.scales.values())
 
     @property
     def layer(self) -> str:
@@ -55,10 +58,12 @@ class Shard:
     file: str
     items: tuple[Item, ...]
     metadata: Mapping[str, str]
+    zeros: tuple[Slot, ...] = ()
+    """Tensors of zeros that are no tensor of the source."""
 
     @property
     def slots(self) -> tuple[Slot, ...]:
-        return tuple(slot for item in self.items for slot in item.slots)
+        return (*(slot for item in self.items for slot in item.slots), *self.zeros)
 
 
 @dataclass(frozen=True)
@@ -115,6 +120,8 @@ def make_plan(options: Options) -> Plan:
     shards = tuple(
         Shard(file, tuple(group), metadata | _layers(group)) for file, group in _group(options, items).items()
     )
+    if options.comfyui_mode:
+        shards = (*shards[:-1], replace(shards[-1], zeros=(_COMFY_MARK,)))
     described = output_config(config, naming.source, layout) if config else None
     return Plan(options, checkpoint, described, shards, tuple(dropped))
 
@@ -196,20 +203,24 @@ def _check_names(unknown: list[str], where: str) -> None:
 
 def _item(options: Options, info: TensorInfo, original: str, output: str, patches: tuple[Patch, ...]) -> Item:
     spec = options.spec if options.rule.quantizes(original, info.shape) else None
-    if (spec or patches) and info.dtype not in _FLOATS:
+    if (spec or patches) and info.dtype not in FLOAT_NAMES:
         raise CheckpointError(
             str(info.file),
             f"'{info.name}' is {info.dtype}: it is quantized already",
-            allowed=", ".join(_FLOATS),
+            allowed=", ".join(FLOAT_NAMES),
             do="convert the checkpoint that it was made from",
         )
     if spec:
-        codes = Slot(output, _CODES[spec.dtype], info.shape)
-        scale = Slot(f"{output}_scale", "F32", spec.scale_shape(info.shape[0], info.shape[1]))
-        return Item(info, original, codes, scale, spec, patches)
-    keep = info.dtype not in _FLOATS or original.endswith("_scale") or options.float_dtype is None
-    dtype = info.dtype if keep else str(options.float_dtype)
-    return Item(info, original, Slot(output, dtype, info.shape), None, None, patches)
+        layer, layout = output.removesuffix(".weight"), layouts_of(spec, info.shape[0], info.shape[1])[0]
+        slots = {}
+        for leaf, stored in layout.items():
+            if stored.required:
+                name = _COMFY_NAMES.get(leaf, leaf) if options.comfyui_mode else leaf
+                slots[leaf] = Slot(f"{layer}.{name}", HEADER_NAMES[stored.dtype], stored.shape)
+        return Item(info, original, slots.pop("weight"), slots, spec, patches)
+    is_scale = original.rpartition(".")[2] in SCALE_LEAVES
+    dtype = info.dtype if info.dtype not in FLOAT_NAMES or is_scale else options.float_dtype or info.dtype
+    return Item(info, original, Slot(output, dtype, info.shape), {}, None, patches)
 
 
 def _group(options: Options, items: list[Item]) -> dict[str, list[Item]]:
@@ -237,6 +248,7 @@ def _metadata(
     rule = options.rule
     choices = {
         "scheme": scheme_name(options.spec) if options.spec else None,
+        "comfyui_mode": options.comfyui_mode,
         "non_linear_dtype": options.float_dtype,
         "key_idx": rule.key_idx,
         "target_keys": rule.target_keys,

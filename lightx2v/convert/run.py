@@ -20,10 +20,11 @@ from tqdm import tqdm
 from lightx2v.convert.configs import copy_other_files, write_json
 from lightx2v.convert.options import Options
 from lightx2v.convert.planning import INDEX, Plan, Shard, make_plan
-from lightx2v.convert.slabs import Converter, Job, Runner, scale_rows
+from lightx2v.convert.slabs import Converter, Job, Runner
 from lightx2v.convert.verify import LayerError, verify
 from lightx2v.convert.writer import OutputFile, open_output
 from lightx2v.errors import CheckpointError, ResourceError
+from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.io.headers import read_header
 from lightx2v.platform import DeviceInfo, peak_memory, select_device
 
@@ -81,6 +82,8 @@ def convert(options: Options) -> Report:
                 with open_output(staging / shard.file, shard.slots, shard.metadata) as file:
                     for done in run(_writing(converter, file), converter.jobs(shard.items)):
                         bar.update(done)
+                    for slot in shard.zeros:
+                        file.write(slot.name, torch.zeros(slot.shape).to(TORCH_DTYPES[slot.dtype]))
         _publish(plan, staging)
         if options.verify:
             with _bar("verifying", sum(slot.nbytes for shard in plan.shards for slot in shard.slots)) as bar:
@@ -110,13 +113,11 @@ def _writing(converter: Converter, file: OutputFile) -> Callable[[Job], int]:
     """A function that converts and writes one job and returns the bytes written."""
 
     def write(job: Job) -> int:
-        item = job.item
-        weight, scale = converter.convert(job)
-        file.write(item.weight.name, weight, job.start)
-        if item.spec is None or item.scale is None or scale is None:
-            return weight.nbytes
-        file.write(item.scale.name, scale, scale_rows(item.spec, job.start, job.stop)[0])
-        return weight.nbytes + scale.nbytes
+        slots = {"weight": job.item.weight, **job.item.scales}
+        leaves = converter.convert(job)
+        for leaf, (rows, first) in leaves.items():
+            file.write(slots[leaf].name, rows, first)
+        return sum(rows.nbytes for rows, _ in leaves.values())
 
     return write
 

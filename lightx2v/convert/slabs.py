@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
@@ -11,11 +12,10 @@ from torch import Tensor
 
 from lightx2v.convert.planning import Item, Plan
 from lightx2v.convert.source import RowReader
-from lightx2v.convert.writer import TORCH_DTYPES
 from lightx2v.errors import CheckpointError
+from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.platform import DeviceInfo
-from lightx2v.quant.numerics import quantize_weight
-from lightx2v.quant.spec import QSpec
+from lightx2v.quant.formats import needs_amax, quantize_leaves, rows_of, rows_together, written_leaves
 
 SLAB_ELEMENTS = {"cpu": 1 << 19, "accelerator": 1 << 24}
 """Elements of a tensor that are converted at a time; few on a CPU, so that they stay in its caches."""
@@ -37,17 +37,15 @@ class Runner(Protocol):
     def __call__(self, job: Callable[[Job], T], jobs: Iterable[Job], /) -> Iterator[T]: ...
 
 
-def scale_rows(spec: QSpec, start: int, stop: int) -> tuple[int, int]:
-    """The rows of the scales that belong to rows [start, stop) of a weight."""
-    return (start // spec.size, -(-stop // spec.size)) if spec.granularity == "block" else (start, stop)
-
-
 class Converter:
     """Source rows, plus LoRA, in float32, as codes and scales or in the dtype of the output."""
 
     def __init__(self, plan: Plan, device: DeviceInfo) -> None:
         self.reader, self.device = RowReader(plan.checkpoint), device
         self.slab = SLAB_ELEMENTS["cpu" if device.kind == "cpu" else "accelerator"]
+        self._lock = threading.Lock()
+        self._amax_locks: dict[str, threading.Lock] = {}
+        self._amax: dict[str, float] = {}
 
     def jobs(self, items: Iterable[Item]) -> Iterator[Job]:
         """All rows of all tensors, in slabs."""
@@ -55,7 +53,7 @@ class Converter:
             shape = item.source.shape
             rows = shape[0] if shape else 1
             width = max(1, item.source.nbytes // TORCH_DTYPES[item.source.dtype].itemsize // max(1, rows))
-            unit = item.spec.size if item.spec and item.spec.granularity == "block" else 1  # blocks are not split
+            unit = rows_together(item.spec) if item.spec else 1
             step = max(1, self.slab // width // unit) * unit
             for start in range(0, rows, step):
                 yield Job(item, start, min(rows, start + step))
@@ -70,21 +68,45 @@ class Converter:
                 patch.add(rows, job.start, job.stop)
         return rows
 
-    def convert(self, job: Job) -> tuple[Tensor, Tensor | None]:
-        """(weight, scale). Raises CheckpointError, which names the tensor, for a value that is not finite."""
+    def convert(self, job: Job) -> dict[str, tuple[Tensor, int]]:
+        """Each leaf that these rows make, and the first row where it goes.
+
+        Raises CheckpointError, which names the tensor, for a value that is not finite.
+        """
         item, values = job.item, self.values(job)
         if item.spec:
-            codes, scale = quantize_weight(values, item.spec)
-            _check_finite(item, scale, values)
-            return codes.cpu(), scale.cpu()
+            made = quantize_leaves(values, item.spec, self._largest(item) if needs_amax(item.spec) else None)
+            _check_finite(item, made["weight_scale"], values)
+            leaves = {}
+            for leaf, tensor in written_leaves(made, item.spec).items():
+                rows = rows_of(leaf, item.spec, job.start, job.stop)
+                if rows is not None or job.start == 0:
+                    leaves[leaf] = (tensor.cpu(), rows[0] if rows else 0)
+            return leaves
         weight = values.to(TORCH_DTYPES[item.weight.dtype])
         if weight.dtype.is_floating_point and weight.dtype.itemsize > 1:
             _check_finite(item, weight, values)
-        return weight.cpu(), None
+        return {"weight": (weight.cpu(), job.start)}
+
+    def _largest(self, item: Item) -> Tensor:
+        """The largest absolute value of a whole tensor, found slab by slab before its first rows are quantized."""
+        name = item.source.name
+        with self._lock:
+            lock = self._amax_locks.setdefault(name, threading.Lock())
+        with lock:
+            if name not in self._amax:
+                self._amax[name] = max(self._largest_of(job) for job in self.jobs([item]))
+        return torch.tensor(self._amax[name], device=self.device.torch_name)
+
+    def _largest_of(self, job: Job) -> float:
+        values = self.values(job)
+        largest = values.abs().amax()
+        _check_finite(job.item, largest, values)
+        return float(largest)
 
 
 def _check_finite(item: Item, result: Tensor, values: Tensor) -> None:
-    if bool(torch.isfinite(result).all()):
+    if bool(torch.isfinite(result.float()).all()):
         return
     where, name = str(item.source.file), item.source.name
     if bool(torch.isfinite(values).all()):

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lightx2v.convert.writer import TORCH_DTYPES
 from lightx2v.errors import CheckpointError
 from lightx2v.io import pickles
+from lightx2v.io.dtypes import TORCH_DTYPES
+from lightx2v.io.gguf import ENDING
 from lightx2v.io.headers import TensorInfo, read_header
 from lightx2v.io.layout import PICKLES
 from lightx2v.io.weights import Checkpoint
@@ -80,6 +81,8 @@ class RowReader:
         self._checkpoint = checkpoint
         self._offsets: dict[str, int] = {}
         for file in checkpoint.files:
+            if file.suffix == ENDING:
+                raise CheckpointError(str(file), "a .gguf file is not converted", do="convert what it was made from")
             if file.suffix not in PICKLES:
                 self._offsets |= _offsets(file, checkpoint.tensors.values())
         self._lock = threading.Lock()

@@ -8,18 +8,21 @@ from dataclasses import dataclass
 import torch
 
 from lightx2v.convert.planning import Plan
-from lightx2v.convert.slabs import Converter, Job, Runner, scale_rows
+from lightx2v.convert.slabs import Converter, Job, Runner
 from lightx2v.convert.source import RowReader
-from lightx2v.convert.writer import TORCH_DTYPES
+from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.io.weights import Checkpoint
-from lightx2v.quant.numerics import dequantize_weight
+from lightx2v.quant.formats import dequantize_leaves, read_leaves, rows_of
 
-BOUNDS = {"int8": 0.02, "fp8": 0.05}
+BOUNDS = {"int8": 0.02, "fp8": 0.05, "mxfp8": 0.05, "mxfp6": 0.1, "mxfp4": 0.25, "nvfp4": 0.2, "int4": 0.25}
 """Largest relative error of a layer.
 
 int8: rounding to steps of amax / 127 has an error of step / sqrt(12) = amax / 440, so a row reaches 2 % when its
 largest weight is 8.8 times its root mean square (a normal distribution: 4 times, 0.9 %).
-fp8: 3 bits of mantissa put each weight within 1/16 of itself, and about 2.6 % off in the mean: 5 % is not rounding.
+fp8, mxfp8: 3 bits of mantissa put each weight within 1/16 of itself, and about 2.6 % off in the mean: 5 % is not
+rounding. mxfp6: 2 bits, within 1/8, about 5.3 %. mxfp4, nvfp4: 1 bit, within 1/4, about 11.5 % and 9.5 %, and small
+ones become 0. int4: steps of amax / 7 have an error of amax / 24, so a layer reaches 25 % when the largest weight of
+its groups of 128 is 6 times the root mean square (a normal distribution: 2.7 times, 11 %).
 """
 
 
@@ -64,9 +67,13 @@ def _compare(job: Job, converter: Converter, written: RowReader) -> tuple[float,
     """Sums of squares of the difference and of the source."""
     item, source = job.item, converter.values(job)
     got = written.rows(item.weight.name, job.start, job.stop).to(source.device)
-    if item.spec and item.scale:
-        scale = written.rows(item.scale.name, *scale_rows(item.spec, job.start, job.stop)).to(source.device)
-        got = dequantize_weight(got, scale, item.spec)
+    if item.spec:
+        leaves = {"weight": got}
+        for leaf, slot in item.scales.items():
+            rows = rows_of(leaf, item.spec, job.start, job.stop)
+            leaves[leaf] = written.rows(slot.name, *(rows or ())).to(source.device)
+        size = (job.stop - job.start, source.shape[1])
+        got = dequantize_leaves(read_leaves(leaves, item.spec, *size, item.layer), item.spec)[:, : size[1]]
     else:
         source = source.to(TORCH_DTYPES[item.weight.dtype])
     return _square(got.double() - source.double()), _square(source.double())

@@ -19,23 +19,8 @@ import torch
 from torch import Tensor
 
 from lightx2v.errors import CheckpointError
+from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.io.files import whole_file
-
-TORCH_DTYPES: Mapping[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-"""Dtypes that the converter reads and writes, by their name in a safetensors header."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from lightx2v.errors import CheckpointError
 
 PICKLES = (".pth", ".pt", ".bin")
-_ENDINGS = (".safetensors", *PICKLES)
+_ENDINGS = (".safetensors", *PICKLES, ".gguf")
 _INDEX = ".index.json"
 
 
@@ -55,7 +55,7 @@ def _directory(folder: Path) -> tuple[list[Path], Mapping[str, Path]]:
 
 
 def _nothing(folder: Path, entries: Iterable[Path]) -> CheckpointError:
-    there = [entry.name for entry in entries if entry.suffix in PICKLES]
+    there = [entry.name for entry in entries if entry.suffix in (*PICKLES, ".gguf")]
     there += [f"{entry.name}/" for entry in entries if entry.is_dir() and any(entry.glob("*.safetensors"))]
     do = f"give one of these in it: {', '.join(there[:10])}" if there else ""
     return CheckpointError(str(folder), "has no .safetensors files", do=do)

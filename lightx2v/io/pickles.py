@@ -12,22 +12,9 @@ import torch
 from torch import Tensor
 
 from lightx2v.errors import CheckpointError
+from lightx2v.io.dtypes import HEADER_NAMES
 from lightx2v.io.headers import TensorInfo
 
-_CODES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-}
 _WRAPPERS = ("state_dict", "module", "model")
 _RESAVE = "take the .safetensors form of the checkpoint, or save its plain state dict again with torch.save"
 
@@ -57,7 +44,7 @@ def describe(file: Path) -> list[TensorInfo]:
     return [
         TensorInfo(
             name,
-            _CODES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper()),
+            HEADER_NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.").upper()),
             tuple(tensor.shape),
             file,
             tensor.numel() * tensor.element_size(),

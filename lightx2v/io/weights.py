@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightx2v.errors import CheckpointError, suggestion
-from lightx2v.io import pickles
+from lightx2v.io import gguf, pickles
 from lightx2v.io.files import whole_file
 from lightx2v.io.headers import TensorInfo, read_header
 from lightx2v.io.layout import PICKLES, checkpoint_files
@@ -32,7 +32,7 @@ class Checkpoint:
 
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
-        """Read the headers of a .safetensors file, a .pth/.pt/.bin file, an index.json, or a directory of parts.
+        """Read the headers of a .safetensors, .pth/.pt/.bin or .gguf file, an index.json, or a directory of parts.
 
         Raises CheckpointError for files that are missing, truncated, damaged, not checkpoints, or pickles with code,
         and when two files hold the same tensor and no index says which counts.
@@ -42,7 +42,7 @@ class Checkpoint:
         tensors: dict[str, TensorInfo] = {}
         metadata: dict[str, str] = {}
         for file in files:
-            infos, described = (pickles.describe(file), {}) if file.suffix in PICKLES else read_header(file)
+            infos, described = _describe(file)
             metadata = {**described, **metadata}
             for info in infos:
                 if chosen.get(info.name, file) != file:
@@ -58,8 +58,10 @@ class Checkpoint:
             raise CheckpointError(str(path), "holds no tensors")
         return Checkpoint(path, tuple(files), tensors, metadata)
 
-    def stream(self, names: Iterable[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+    def stream(self, names: Iterable[str] | None = None, raw: Collection[str] = ()) -> Iterator[tuple[str, Tensor]]:
         """Yield (name, tensor) in file order, of `names` or of all.
+
+        The blocks of a .gguf file come as float32 numbers; of the names in `raw` as bytes, and then `<name>_type`.
 
         The tensors are views of the mapped file: use one before asking for the next, and copy what is kept.
         Raises CheckpointError for names that are not there and for files that can no longer be read.
@@ -67,7 +69,9 @@ class Checkpoint:
         wanted = list(self.tensors) if names is None else self._in_order(names)
         for file in self.files:
             here = [name for name in wanted if self.tensors[name].file == file]
-            if here:
+            if file.suffix == gguf.ENDING:
+                yield from gguf.stream(file, here, raw)
+            elif here:
                 with _reader(file) as read:
                     for name in here:
                         yield name, read(name)
@@ -81,6 +85,12 @@ class Checkpoint:
         for name in wanted - self.tensors.keys():
             raise CheckpointError(str(self.path), f"has no tensor '{name}'{suggestion(name, self.tensors)}")
         return [name for name in self.tensors if name in wanted]
+
+
+def _describe(file: Path) -> tuple[list[TensorInfo], dict[str, str]]:
+    if file.suffix == gguf.ENDING:
+        return gguf.describe(file)
+    return (pickles.describe(file), {}) if file.suffix in PICKLES else read_header(file)
 
 
 @contextmanager

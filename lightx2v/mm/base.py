@@ -20,6 +20,7 @@ from lightx2v.quant.numerics import Quantized, quantize_activation, rounding_of
 from lightx2v.quant.spec import QSpec
 
 Numerics = tuple[QSpec | None, QSpec | None]
+NOT_COMPUTED = "does not compute this scheme"
 Leaves = Mapping[str, Tensor]
 """The tensors of one quantized weight by their last name in a checkpoint: `weight`, `weight_scale`, and so on."""
 
@@ -37,6 +38,7 @@ class Caps:
     k_multiple: int = 1
     n_multiple: int = 1
     layout: Literal["NK", "KN"] = "NK"
+    """The shape in which its product takes the weight."""
     bias: Literal["fused", "fused_fp32", "after"] = "after"
     """Whether its product takes the bias (in the output dtype or in float32), or it is added to the float32 result."""
     out_dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -91,7 +93,7 @@ class Library(Protocol):
         """How it will compute `scheme`, in a few words for the plan."""
         ...
 
-    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
         """Bytes that each code of a weight takes on `device` once it is packed."""
         ...
 
@@ -153,18 +155,27 @@ def add_bias(product: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Te
     return (product.float() + bias).to(out_dtype)
 
 
+def span_words(lowest: tuple[int, int], highest: tuple[int, int] | None) -> str:
+    """Compute capabilities from `lowest` to `highest`, in words."""
+    if highest is None:
+        return f"{lowest[0]}.{lowest[1]} or higher"
+    return f"{lowest[0]}.{lowest[1]}" + (" alone" if highest == lowest else f" to {highest[0]}.{highest[1]}")
+
+
+def capability_words(device: DeviceInfo) -> str:
+    """The compute capability that a device has, in words."""
+    return f"has {device.capability[0]}.{device.capability[1]}" if device.capability else "has none"
+
+
 def lacks(caps: Caps, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
     """The first thing of `caps` that a layer does not meet."""
     if scheme.numerics not in caps.schemes:
-        return "does not compute this scheme"
+        return NOT_COMPUTED
     spec = scheme.weight
     lowest, highest = caps.capability.get(spec.dtype if spec else "", (caps.min_capability, None))
     have = device.capability or (0, 0)
     if lowest and (have < lowest or (highest and have > highest)):
-        span = f"{lowest[0]}.{lowest[1]}" + ("" if highest in (None, lowest) else f" to {highest[0]}.{highest[1]}")
-        only = " alone" if highest == lowest else "" if highest else " or higher"
-        has = f"has {have[0]}.{have[1]}" if device.capability else "has none"
-        return f"needs compute capability {span}{only}, {device.name} {has}"
+        return f"needs compute capability {span_words(lowest, highest)}, {device.name} {capability_words(device)}"
     for what, value, multiple in (("K", k, caps.k_multiple), ("N", n, caps.n_multiple)):
         if value % multiple:
             return f"needs {what} to be a multiple of {multiple}, the layer has {value}"

@@ -4,18 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightx2v.mm.base import Library
+from lightx2v.mm.base import NOT_COMPUTED, Library
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo, install_hint, probe
 from lightx2v.registry import Registry
 
 LIBRARIES: Registry[Library] = Registry("kernel library")
 LIBRARIES.add("onednn", "lightx2v.mm.onednn:LIBRARY")
+LIBRARIES.add("vllm", "lightx2v.mm.vllm:LIBRARY")
+LIBRARIES.add("sgl", "lightx2v.mm.sgl:LIBRARY")
+LIBRARIES.add("deepgemm", "lightx2v.mm.deepgemm:LIBRARY")
+LIBRARIES.add("q8f", "lightx2v.mm.q8f:LIBRARY")
+LIBRARIES.add("torchao", "lightx2v.mm.torchao:LIBRARY")
 LIBRARIES.add("torch_native", "lightx2v.mm.torch_native:LIBRARY")
+LIBRARIES.add("torch_scaled", "lightx2v.mm.torch_scaled:LIBRARY")
+LIBRARIES.add("dequantize", "lightx2v.mm.weight_only:LIBRARY")
 LIBRARIES.add("reference", "lightx2v.mm.reference:LIBRARY")
 
 #: The order in which "auto", and a permitted fallback, look for a library.
-PRIORITY = ("onednn", "torch_native", "reference")
+PRIORITY = tuple(
+    "onednn vllm sgl deepgemm q8f torchao torch_native torch_scaled dequantize reference".split(),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +37,9 @@ class _Absent:
 
 
 _ABSENT: dict[str, _Absent] = {
-    "vllm": _Absent("vllm"),
-    "sgl": _Absent("sgl_kernel"),
-    "q8f": _Absent("q8_kernels"),
-    "deepgemm": _Absent("deep_gemm", needs="compute capability 9.0"),
-    "torchao": _Absent("torchao"),
     "triton": _Absent("triton"),
     "marlin": _Absent("marlin", pip=False),
     "lightx2v_kernel": _Absent("lightx2v_kernel", pip=False, needs="compute capability 12.0"),
-    "gguf": _Absent("gguf"),
     "npu": _Absent("torch_npu", needs="an Ascend NPU"),
     "tmo": _Absent("torch_mlu_ops", pip=False, needs="a Cambricon MLU"),
     "musa": _Absent("torch_musa", pip=False, needs="a Moore Threads GPU"),
@@ -55,6 +58,8 @@ def unavailable(library: str, scheme: Scheme, n: int, k: int, device: DeviceInfo
     """Why `library` cannot compute `scheme` for a weight [n, k] on `device`; None when it can."""
     if library in LIBRARIES:
         adapter = LIBRARIES[library]
+        if scheme.numerics not in adapter.caps.schemes:
+            return NOT_COMPUTED  # rather than how to install it
         return adapter.available(device) or adapter.can_serve(scheme, n, k, device)
     if library in _NOT_LIBRARIES:
         return _NOT_LIBRARIES[library]

@@ -15,22 +15,19 @@ from lightx2v.mm.custom import CustomLinear
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.select import LayerPlan
-from lightx2v.quant.formats import leaves_of, quantize_leaves
+from lightx2v.quant.formats import needs_amax, quantize_leaves, read_leaves, rows_together, written_leaves
+from lightx2v.quant.layouts import FLOATS, INPUT_LEAVES, Leaf, Stored, accepted, find_layout, layouts_of, misfit, short
 from lightx2v.quant.numerics import Quantized
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+from lightx2v.quant.spec import gguf_kind
 
 
 class QuantLinear(nn.Module):
     """y = x W^T + b with quantized W [N, K] and activations quantized on the way. For inference.
 
-    State-dict names are the checkpoint's: `weight` (codes), `weight_scale` (float32), `bias` (kept in float32 and added
-    before the result is rounded). `load_tensor` takes them one at a time, on the device where the layer is to run, and
-    `finish` packs them: from then on only the packed form of the library is held, and `state_dict` unpacks it.
+    State-dict names are the checkpoint's, as `quant.layouts` lists them for the scheme, and `bias` (kept in float32
+    and added before the result is rounded). `load_tensor` takes them one at a time, on the device where the layer is to
+    run, and `finish` packs them: from then on only the packed form of the library is held. `state_dict` unpacks it, to
+    the layout that the converter writes.
     """
 
     bias: Tensor | None
@@ -52,77 +49,82 @@ class QuantLinear(nn.Module):
         self.scheme, self.library, self.weight_auto_quant, self.name = scheme, library, weight_auto_quant, name
         self.spec = scheme.weight
         self.kernels = LIBRARIES[library]
-        self.leaves = leaves_of(self.spec, out_features, in_features)
-        for leaf, stored in self.leaves.items():
-            self.register_buffer(leaf, torch.empty(stored.shape, dtype=stored.dtype, device="meta"))
+        self.accepted = accepted(self.spec, out_features, in_features)
+        if bias:
+            self.accepted["bias"] = Leaf(FLOATS, ((out_features,),))
+        for leaf, stored in layouts_of(self.spec, out_features, in_features)[0].items():
+            if stored.required:
+                shape = stored.shapes[0] if stored.shapes else (0,)
+                self.register_buffer(leaf, torch.empty(shape, dtype=stored.dtype, device="meta"))
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
         self.packed: Packed | None = None
-        self._arrived: set[str] = set()
+        self._given: dict[str, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
 
     def load_tensor(self, leaf: str, tensor: Tensor) -> None:
-        """Take `weight`, `weight_scale` or `bias` as the checkpoint has it.
+        """Take `weight`, its scales or `bias` as the checkpoint has it.
 
-        A float weight is quantized here when `weight_auto_quant` is set. Raises CheckpointError for a name, dtype or
-        shape that is not this layer's, for non-finite scales, and for a tensor that was there already.
+        A float weight is quantized here when `weight_auto_quant` is set. Raises CheckpointError for a name, dtype
+        or shape that is not this layer's, and for a tensor that was there already.
         """
-        expected = self._buffers.get(leaf)
-        if leaf in self._arrived or self.packed is not None:
-            raise CheckpointError(self.name, f"'{leaf}' is given twice, or a scale for a weight that is not quantized")
-        if expected is None:
-            allowed = ", ".join(self._wanted())
+        if leaf in self._given or self.packed is not None:
+            raise CheckpointError(self.name, f"'{leaf}' is given twice")
+        if leaf not in self.accepted:
+            allowed = ", ".join(self.accepted)
             raise CheckpointError(self.name, f"tensor '{leaf}' is not part of this layer", allowed=allowed)
-        if leaf == "weight_scale" and self.spec.granularity == "channel" and tensor.shape == (self.out_features,):
-            tensor = tensor.reshape(expected.shape)
-        if tensor.shape != expected.shape:
-            self._refuse(leaf, f"has shape {list(tensor.shape)}", f"{list(expected.shape)}")
-        if leaf == "weight":
-            self._load_weight(tensor)
-        elif tensor.dtype not in _FLOATS:
-            self._refuse(leaf, f"is {_short(tensor.dtype)}", "a floating-point type")
-        else:
-            self._set(leaf, tensor.float())
-        if leaf == "weight_scale" and not torch.isfinite(tensor).all():
-            raise CheckpointError(self.name, "'weight_scale' holds inf or NaN", do="convert the checkpoint again")
+        form = self.accepted[leaf]
+        if leaf == "weight" and tensor.dtype in FLOATS:
+            self._check_float(tensor)
+            made = quantize_leaves(tensor, self.spec)
+            self._made, tensor = written_leaves(made, self.spec), made["weight"]
+        elif not form.takes(tuple(tensor.shape)):
+            wanted = " or ".join(str(list(shape)) for shape in form.shapes[:2])
+            self._refuse(leaf, f"has shape {list(tensor.shape)}", wanted)
+        elif tensor.dtype not in form.dtypes:
+            kinds = "a floating-point type" if form.dtypes == FLOATS else " or ".join(map(short, form.dtypes))
+            self._refuse(leaf, f"is {short(tensor.dtype)}", f"{kinds} for mm_type '{self.scheme.name}'")
+        self._given[leaf] = tensor.detach()
 
-    def _load_weight(self, tensor: Tensor) -> None:
-        wanted = self.leaves["weight"].dtype
-        if tensor.dtype in _FLOATS and self.weight_auto_quant:
-            if "weight_scale" in self._arrived:
-                raise CheckpointError(self.name, "has a 'weight_scale' though its weight is not quantized")
-            for leaf, made in quantize_leaves(tensor, self.spec).items():
-                self._set(leaf, made)
-        elif tensor.dtype != wanted:
-            self._refuse("weight", f"is {_short(tensor.dtype)}", f"{_short(wanted)} for mm_type '{self.scheme.name}'")
-        else:
-            self._set("weight", tensor)
-
-    def _set(self, leaf: str, tensor: Tensor) -> None:
-        self._buffers[leaf] = tensor.detach()
-        self._arrived.add(leaf)
-
-    def _wanted(self) -> list[str]:
-        return [leaf for leaf in (*self.leaves, "bias") if self._buffers[leaf] is not None]
+    def _check_float(self, weight: Tensor) -> None:
+        if not self.weight_auto_quant:
+            raise CheckpointError(
+                self.name,
+                f"'weight' is {short(weight.dtype)}, the layer wants quantized ones for mm_type '{self.scheme.name}'",
+                do="convert the checkpoint first, or set weight_auto_quant",
+            )
+        if weight.shape != (self.out_features, self.in_features):
+            self._refuse("weight", f"has shape {list(weight.shape)}", f"[{self.out_features}, {self.in_features}]")
 
     def _refuse(self, leaf: str, got: str, wanted: str) -> None:
-        is_float = leaf == "weight" and got.removeprefix("is ") in map(_short, _FLOATS)
-        do = (
-            "convert the checkpoint first, or set weight_auto_quant"
-            if is_float
-            else "use the mm_type of the checkpoint"
+        raise CheckpointError(
+            self.name, f"'{leaf}' {got}, the layer wants {wanted}", do="use the mm_type of the checkpoint"
         )
-        raise CheckpointError(self.name, f"'{leaf}' {got}, the layer wants {wanted}", do=do)
 
     def finish(self) -> None:
         """Pack the weight for the library. Raises CheckpointError that names what did not arrive."""
         if self.packed is not None:
             return
-        missing = [leaf for leaf in self._wanted() if leaf not in self._arrived]
-        if missing:
-            raise CheckpointError(self.name, f"missing: {', '.join(missing)}", do="convert the checkpoint again")
-        held = {leaf: tensor for leaf in self.leaves if (tensor := self._buffers[leaf]) is not None}
-        self.packed = self.kernels.prepare(self.scheme, held)
-        for leaf in self.leaves:
+        bias = self._given.pop("bias", None)
+        if self.bias is not None:
+            if bias is None:
+                raise CheckpointError(self.name, "missing: bias", do="convert the checkpoint again")
+            self.bias = bias.float()
+        self.packed = self.kernels.prepare(self.scheme, self._leaves(self._given))
+        self._given, self._made = {}, {}
+        for leaf in set(self._buffers) - {"bias"}:
             self._buffers[leaf] = None
+
+    def _leaves(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What libraries compute with, from the tensors that came."""
+        size = (self.spec, self.out_features, self.in_features)
+        if self._made:
+            if extra := [leaf for leaf in given if leaf not in ("weight", *INPUT_LEAVES)]:
+                raise CheckpointError(self.name, f"has a '{extra[0]}' though its weight is not quantized")
+            given = given | self._made
+        stored = {leaf: Stored(tensor.dtype, tuple(tensor.shape)) for leaf, tensor in given.items()}
+        if find_layout(*size, stored) is None:
+            raise CheckpointError(self.name, misfit(*size, stored), do="convert the checkpoint again")
+        return read_leaves(given, *size, self.name)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x [..., K] of a floating-point dtype -> [..., N] in that dtype, after a GELU (tanh) if asked for."""
@@ -151,14 +153,19 @@ class QuantLinear(nn.Module):
             (layer.scheme.activation, layer.scheme.act_library, layer.library, layer.in_features)
             for layer in (self, other)
         )
-        return ours == theirs and self.scheme.activation is not None and self.scheme.activation.dynamic
+        dynamic = self.scheme.activation is not None and self.scheme.activation.dynamic
+        return ours == theirs and dynamic and not (self._input_leaves() or other._input_leaves())
 
     def stacks_with(self, other: QuantLinear) -> bool:
         """Whether the two weights, one under the other, are a weight of the same scheme."""
-        activation, rows = self.scheme.activation, self.spec.size if self.spec.granularity == "block" else 1
-        static = self.spec.granularity == "tensor" or (activation is not None and not activation.dynamic)
+        activation, rows = self.scheme.activation, rows_together(self.spec)
+        apart = needs_amax(self.spec) or gguf_kind(self.spec) or (activation is not None and not activation.dynamic)
         same = (self.scheme, self.library, self.in_features) == (other.scheme, other.library, other.in_features)
-        return same and not static and self.out_features % rows == other.out_features % rows == 0
+        return same and not apart and self.out_features % rows == other.out_features % rows == 0
+
+    def _input_leaves(self) -> list[str]:
+        """What the checkpoint has for the scale of this layer's input."""
+        return [name for name in self._ready()._buffers if name in INPUT_LEAVES]
 
     def _ready(self) -> Packed:
         if self.packed is None:
@@ -170,12 +177,15 @@ class QuantLinear(nn.Module):
         """Bytes of the weight and its scales as they are held now."""
         if self.packed is not None:
             return self.packed.nbytes
-        return sum(t.numel() * t.element_size() for leaf in self.leaves if (t := self._buffers[leaf]) is not None)
+        return sum(
+            t.numel() * t.element_size() for leaf, t in self._buffers.items() if t is not None and leaf != "bias"
+        )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            for leaf, tensor in self.kernels.unpack(self.scheme, self.packed).items():
+            leaves = self.kernels.unpack(self.scheme, self.packed)
+            for leaf, tensor in written_leaves(leaves, self.spec).items():
                 destination[prefix + leaf] = tensor
 
     def extra_repr(self) -> str:
@@ -190,8 +200,8 @@ class ForceFP32Linear(nn.Linear):
     def load_tensor(self, leaf: str, tensor: Tensor) -> None:
         """Take `weight` or `bias`. Raises CheckpointError for other names, shapes and non-floating dtypes."""
         expected = self._parameters.get(leaf)
-        if expected is None or tensor.shape != expected.shape or tensor.dtype not in _FLOATS:
-            got = f"'{leaf}' {list(tensor.shape)} {_short(tensor.dtype)} is not part of this layer"
+        if expected is None or tensor.shape != expected.shape or tensor.dtype not in FLOATS:
+            got = f"'{leaf}' {list(tensor.shape)} {short(tensor.dtype)} is not part of this layer"
             raise CheckpointError(self.name, got, allowed="float weight [N, K], bias [N]")
         self._parameters[leaf] = nn.Parameter(tensor.float(), requires_grad=False)
 

@@ -1,6 +1,6 @@
-"""Every 8-bit scheme in plain torch, on any device: what the other libraries are tested against. Slow by design.
+"""Every scheme in plain torch, on any device: what the other libraries are tested against. Slow by design.
 
-int8 codes are accumulated exactly; fp8 codes are multiplied as float32 values.
+int8 codes are accumulated exactly; all others are multiplied as float32 values.
 """
 
 from __future__ import annotations
@@ -8,27 +8,93 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, add_bias, lacks, rescale
+from lightx2v.mm.base import Caps, Leaves, Packed, TwoSteps, add_bias, lacks, rescale
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo
-from lightx2v.quant.numerics import Quantized, dequantize_weight
+from lightx2v.quant.activations import quantize_input
+from lightx2v.quant.formats import dequantize_leaves, logical_shape, stored_kind
+from lightx2v.quant.numerics import Quantized, rounding_of
 from lightx2v.quant.spec import (
     FP8_BLOCK128,
     FP8_CHANNEL,
     FP8_GROUP128,
+    FP8_TENSOR,
+    FP8_TENSOR_DYNAMIC,
     FP8_TOKEN,
+    GGUF,
+    GGUF_KINDS,
+    INT4_G128,
     INT8_CHANNEL,
     INT8_TOKEN,
+    MXFP4,
+    MXFP4_DYNAMIC,
+    MXFP6,
+    MXFP8,
+    MXFP8_DYNAMIC,
+    NVFP4,
+    NVFP4_DYNAMIC,
+    gguf_kind,
 )
 
 SCHEMES = frozenset({(INT8_CHANNEL, INT8_TOKEN), (FP8_CHANNEL, FP8_TOKEN), (FP8_BLOCK128, FP8_GROUP128)})
+"""The 8-bit schemes of tokens and groups."""
+WHOLE = frozenset({(FP8_TENSOR, FP8_TENSOR), (FP8_TENSOR, FP8_TENSOR_DYNAMIC)})
+"""fp8 with one scale for all tokens, from the checkpoint or not."""
+BLOCKS = frozenset(
+    {(MXFP8, MXFP8_DYNAMIC), (MXFP6, MXFP8_DYNAMIC), (MXFP4, MXFP4_DYNAMIC), (NVFP4, NVFP4_DYNAMIC)},
+)
+"""Schemes with a scale for each 16 or 32 values on both sides."""
+WEIGHT_ONLY = frozenset(
+    (spec, None)
+    for spec in (INT8_CHANNEL, FP8_CHANNEL, FP8_BLOCK128, FP8_TENSOR, INT4_G128, MXFP8, MXFP6, MXFP4, NVFP4)
+) | frozenset((spec, None) for spec in GGUF.values())
+"""Quantized weights times activations as they are."""
+
+_BUFFERS = {"weight_scale": "scale", "weight_global_scale": "global_scale"}
+_LEAVES = {buffer: leaf for leaf, buffer in _BUFFERS.items()}
 
 
-class Reference(TorchQuantize):
+def hold(scheme: Scheme, leaves: Leaves) -> Packed:
+    """The tensors of a weight as they are. `k` is the columns that the codes have, groups filled up."""
+    spec = scheme.weight
+    assert spec is not None
+    if gguf_kind(spec):
+        return Packed(stored_kind(leaves["weight_type"]), *logical_shape(spec, leaves), weight=leaves["weight"])
+    n, k = logical_shape(spec, leaves)
+    return Packed("codes", n, k, **{_BUFFERS.get(leaf, leaf): leaves[leaf] for leaf in leaves})
+
+
+def held(scheme: Scheme, packed: Packed) -> dict[str, Tensor]:
+    """The tensors that `hold` was given."""
+    tensors = {_LEAVES.get(name, name): tensor for name, tensor in packed.named_buffers()}
+    if scheme.weight is not None and gguf_kind(scheme.weight):
+        number = GGUF_KINDS[packed.method].number
+        tensors["weight_type"] = torch.tensor(number, dtype=torch.int32, device=packed.weight.device)
+    return tensors
+
+
+def input_scale(packed: Packed) -> Tensor | None:
+    """What the checkpoint has for the scale of the layer's input."""
+    found = (packed._buffers.get(name) for name in ("input_scale", "input_global_scale"))
+    return next((scale for scale in found if scale is not None), None)
+
+
+class QuantizeAny(TwoSteps):
+    """Activations of any scheme quantized in torch, with the rounding of the library that the scheme names."""
+
+    def quantize(self, scheme: Scheme, x: Tensor, packed: Packed) -> Quantized:
+        """Codes and scales of activations [M, K], K filled up to whole groups; x itself where none are quantized."""
+        spec = scheme.activation
+        if spec is None:
+            return Quantized(x, x.new_ones(1))
+        return quantize_input(x, spec, rounding_of(scheme.act_library, spec), input_scale(packed))
+
+
+class Reference(QuantizeAny):
     """The scheme's definition as code. Keeps codes and scales as the checkpoint has them."""
 
     name = "reference"
-    caps = Caps(SCHEMES, exact=frozenset({"int8"}), rtol=1e-5)
+    caps = Caps(SCHEMES | WHOLE | BLOCKS | WEIGHT_ONLY, exact=frozenset({"int8"}), rtol=1e-5)
 
     def available(self, device: DeviceInfo) -> str | None:
         return None
@@ -39,25 +105,36 @@ class Reference(TorchQuantize):
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         return "plain torch, slow"
 
-    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
-        return 1
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
+        return held_code_bytes(scheme)
 
     def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
-        weight = leaves["weight"]
-        return Packed("reference", *weight.shape, weight=weight, scale=leaves["weight_scale"])
+        return hold(scheme, leaves)
 
     def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
-        return {"weight": packed.weight, "weight_scale": packed.scale}
+        return held(scheme, packed)
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scheme.weight is not None
-        if scheme.weight.dtype == "int8":
-            return rescale(int_product(x.codes, packed.weight), packed, x, bias, out_dtype)
-        if scheme.weight.granularity == "channel":
-            return rescale(x.codes.float() @ packed.weight.float().t(), packed, x, bias, out_dtype)
-        weight = dequantize_weight(packed.weight, packed.scale, scheme.weight)
-        values = dequantize_groups(x, scheme.weight.size, torch.float32)
-        return add_bias(values[:, : packed.k] @ weight.t(), bias, out_dtype)
+        if scheme.activation is not None:
+            if scheme.weight.dtype == "int8":
+                return rescale(int_product(x.codes, packed.weight), packed, x, bias, out_dtype)
+            if scheme.weight.granularity in ("channel", "tensor"):
+                return rescale(x.codes.float() @ packed.weight.float().t(), packed, x, bias, out_dtype)
+        weight = dequantize_leaves(held(scheme, packed), scheme.weight)
+        values = input_values(scheme, x, torch.float32)
+        columns = min(values.shape[1], weight.shape[1])
+        product = values[:, :columns] @ weight[:, :columns].t()
+        return add_bias(product.mul_(of_tensor(scheme, x)), bias, out_dtype)
+
+
+def held_code_bytes(scheme: Scheme) -> float:
+    """Bytes of each code of a weight that is held as `hold` does."""
+    assert scheme.weight is not None
+    kind = gguf_kind(scheme.weight)
+    if kind:
+        return GGUF_KINDS[kind].nbytes / GGUF_KINDS[kind].values
+    return (scheme.weight.bits or 8) / 8
 
 
 def int_product(a: Tensor, b: Tensor) -> Tensor:
@@ -77,6 +154,20 @@ def dequantize_groups(x: Quantized, size: int, dtype: torch.dtype) -> Tensor:
     """Activations [M, K] from codes [M, K] and the scales [M, K/size] of groups along K."""
     groups = x.codes.float().unflatten(1, (-1, size)) * x.scale.unsqueeze(2)
     return groups.flatten(1).to(dtype)
+
+
+def input_values(scheme: Scheme, x: Quantized, dtype: torch.dtype) -> Tensor:
+    """The activations that codes of groups stand for, less nvfp4's scale of the tensor; x itself if not quantized."""
+    spec = scheme.activation
+    if spec is None:
+        return x.codes.to(dtype)
+    groups = x.scale[:, :-1] if spec.dtype == "nvfp4" else x.scale
+    return dequantize_groups(Quantized(x.codes, groups), spec.size, dtype)
+
+
+def of_tensor(scheme: Scheme, x: Quantized) -> Tensor | float:
+    """nvfp4's scale of the whole input, a factor for each row; 1 for every other scheme."""
+    return x.scale[:, -1:] if scheme.activation is not None and scheme.activation.dtype == "nvfp4" else 1.0
 
 
 LIBRARY = Reference()

@@ -2,7 +2,7 @@
 
     W-<dtype>-<granularity>[-sym][-A-<dtype>-<granularity>[-group128][-sym][-dynamic]]-<Library>[-Act<Library>]
 
-Short names stand for long ones: int8, fp8, fp8-b128 (any library that can), and int8-<library> and so on. An
+Short names stand for long ones: int8, fp8, mxfp4, ... (any library that can), and int8-<library> and so on. An
 activation granularity "channel" is LightX2V's word for one scale per token.
 """
 
@@ -17,10 +17,21 @@ from lightx2v.quant.spec import (
     FP8_BLOCK128,
     FP8_CHANNEL,
     FP8_GROUP128,
+    FP8_TENSOR,
     FP8_TOKEN,
+    GGUF,
+    INT4_G128,
     INT8_CHANNEL,
     INT8_TOKEN,
+    MXFP4,
+    MXFP4_DYNAMIC,
+    MXFP6,
+    MXFP8,
+    MXFP8_DYNAMIC,
+    NVFP4,
+    NVFP4_DYNAMIC,
     QSpec,
+    gguf_kind,
 )
 
 
@@ -50,6 +61,8 @@ class Scheme:
 LIBRARY_TOKENS: dict[str, tuple[str, str]] = {
     "auto": ("Auto", "auto"),
     "torch_native": ("TorchNative", "torch"),
+    "torch_scaled": ("TorchScaled", "torch-scaled"),
+    "dequantize": ("Dequantize", "dequantize"),
     "reference": ("Reference", "reference"),
     "vllm": ("Vllm", "vllm"),
     "sgl": ("Sgl", "sgl"),
@@ -68,34 +81,30 @@ LIBRARY_TOKENS: dict[str, tuple[str, str]] = {
     "intel_xpu": ("IntelXpu", "intel-xpu"),
 }
 
-_SHORT = {
+#: Short name -> weight and activation. A longer name comes before one that begins it.
+_SHORT: dict[str, tuple[QSpec, QSpec | None]] = {
     "int8": (INT8_CHANNEL, INT8_TOKEN),
     "fp8-b128": (FP8_BLOCK128, FP8_GROUP128),
+    "fp8-pertensor": (FP8_TENSOR, FP8_TENSOR),
     "fp8": (FP8_CHANNEL, FP8_TOKEN),
+    "mxfp8": (MXFP8, MXFP8_DYNAMIC),
+    "mxfp6-mxfp8": (MXFP6, MXFP8_DYNAMIC),
+    "mxfp4": (MXFP4, MXFP4_DYNAMIC),
+    "nvfp4-split-n-workaround": (NVFP4, NVFP4_DYNAMIC),
+    "nvfp4": (NVFP4, NVFP4_DYNAMIC),
+    "int4-g128": (INT4_G128, None),
+    **{f"gguf-{kind}": (spec, None) for kind, spec in GGUF.items()},
 }
-_GGUF = "Q8_0 Q6_K Q5_K_S Q5_K_M Q5_1 Q5_0 Q4_K_M Q4_K_S Q4_1 Q4_0 Q3_K_M Q3_K_S".split()
+#: LightX2V's names of files that mix kinds of blocks -> the kind that most of their weights have.
+_MIXED = {f"gguf-{kind}_{size}": f"gguf-{kind}" for kind in ("Q5_K", "Q4_K", "Q3_K") for size in ("M", "S")}
 
-
-def _group(dtype: str, size: int, dynamic: bool = False) -> QSpec:
-    return QSpec(dtype, "group", size, dynamic=dynamic)
-
-
-#: Names that the grammar does not cover -> weight, activation, library.
-_NAMED: dict[str, tuple[QSpec | None, QSpec | None, str]] = {
-    "Default": (None, None, "torch"),
-    "Default-Force-FP32": (None, None, "torch"),
-    "Calib": (None, None, "calibration"),
-    "CalibMax": (None, None, "calibration"),
-    "TensorParallel": (None, None, "tensor_parallel"),
-    "fp8-pertensor": (QSpec("fp8", "tensor"), QSpec("fp8", "tensor"), "torch_native"),
-    "int4-g128-marlin": (_group("int4", 128), None, "marlin"),
-    "nvfp4": (_group("nvfp4", 16), _group("nvfp4", 16, True), "lightx2v_kernel"),
-    "nvfp4-split-n-workaround": (_group("nvfp4", 16), _group("nvfp4", 16, True), "lightx2v_kernel"),
-    "mxfp4": (_group("mxfp4", 32), _group("mxfp4", 32, True), "lightx2v_kernel"),
-    "mxfp6-mxfp8": (_group("mxfp6", 32), _group("mxfp8", 32, True), "lightx2v_kernel"),
-    "mxfp8": (_group("mxfp8", 32), _group("mxfp8", 32, True), "lightx2v_kernel"),
-    "gguf-BF16": (None, None, "gguf"),
-    **{f"gguf-{kind}": (_group(f"gguf_{kind.lower()}", 256 if "_K" in kind else 32), None, "gguf") for kind in _GGUF},
+#: Names that the grammar does not cover -> the library, or what goes by the name of one.
+_NAMED = {
+    "Default": "torch",
+    "Default-Force-FP32": "torch",
+    "Calib": "calibration",
+    "CalibMax": "calibration",
+    "TensorParallel": "tensor_parallel",
 }
 
 #: Names of LightX2V's releases and this engine's own, besides the above; `known_names` adds their long forms.
@@ -104,6 +113,13 @@ _ALIASES = (
     *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("torch", "reference", "vllm", "sgl", "q8f", "torchao")),
     *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("triton", "onednn")),
     *(f"fp8-b128-{name}" for name in ("torch", "reference", "deepgemm")),
+    *(
+        f"{kind}-{name}"
+        for kind in ("fp8-pertensor", "mxfp8", "mxfp6-mxfp8", "mxfp4", "nvfp4")
+        for name in ("torch", "dequantize", "reference")
+    ),
+    *(f"int4-g128-{name}" for name in ("marlin", "dequantize", "reference")),
+    *_MIXED,
     *"int8-npu int8-tmo fp8-musa int8-iluvatar int8-vllm-hygon-dcu fp8-intel-xpu".split(),
 )
 _OTHER_QUANTIZERS = (
@@ -140,7 +156,8 @@ def parse(name: str) -> Scheme:
         raise ConfigError(
             "mm_type",
             f"unknown mm_type '{name}'{suggestion(name, (*known_names(), *_own))}",
-            allowed="Default, int8, fp8, fp8-b128, <one of these>-<library>, or W-...-A-...-<Library>",
+            allowed=f"Default, {', '.join(name for name in _SHORT if not name.startswith('gguf'))}, gguf-<kind>, "
+            "<one of these>-<library>, or W-...-A-...-<Library>",
             do=f"libraries are {', '.join(short for _, short in LIBRARY_TOKENS.values())}",
         )
     return scheme
@@ -156,8 +173,10 @@ def known_names() -> tuple[str, ...]:
 @lru_cache(maxsize=256)
 def _parse(name: str) -> Scheme | None:
     if name in _NAMED:
-        weight, activation, library = _NAMED[name]
-        return Scheme(name, weight, activation, library, library)
+        return Scheme(name, None, None, _NAMED[name], _NAMED[name])
+    for mixed, kind in _MIXED.items():
+        if name == mixed or name.startswith(mixed + "-"):
+            return _parse(kind + name.removeprefix(mixed))
     for prefix, (weight, activation) in _SHORT.items():
         if name == prefix or name.startswith(prefix + "-"):
             named = "auto" if name == prefix else _library(name[len(prefix) + 1 :])
@@ -196,8 +215,14 @@ def _spec(dtype: str, granularity: str, symmetric: bool, dynamic: bool) -> QSpec
 
 
 def _scheme(weight: QSpec, activation: QSpec | None, library: str, act: str | None) -> Scheme:
+    if library == "torch_native" and activation is not None and _is_scaled(weight):
+        library = "torch_scaled"  # torch's products of these are a library of their own here
     scheme = Scheme("", weight, activation, library, act or _act_library(library))
     return replace(scheme, name=_long_name(scheme))
+
+
+def _is_scaled(weight: QSpec) -> bool:
+    return weight.dtype in ("mxfp8", "mxfp6", "mxfp4", "nvfp4") or weight == FP8_TENSOR
 
 
 def _long_name(scheme: Scheme) -> str:
@@ -205,6 +230,8 @@ def _long_name(scheme: Scheme) -> str:
         return f"{spec.dtype}-{granularity}" + ("-sym" if spec.symmetric else "") + ("-dynamic" if spec.dynamic else "")
 
     assert scheme.weight is not None
+    if (kind := gguf_kind(scheme.weight)) is not None:
+        return f"gguf-{kind}" + ("" if scheme.library == "auto" else f"-{LIBRARY_TOKENS[scheme.library][0]}")
     words = [f"W-{part(scheme.weight, f'{scheme.weight.granularity}{scheme.weight.size or str()}')}"]
     if scheme.activation is not None:
         spelled = {"token": "channel", "group": f"channel-group{scheme.activation.size}", "tensor": "tensor"}

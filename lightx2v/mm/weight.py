@@ -15,6 +15,8 @@ from lightx2v.mm.linear import build_linear
 from lightx2v.mm.scheme import declare, parse
 from lightx2v.mm.select import plan_layer
 from lightx2v.platform import select_device
+from lightx2v.quant.formats import logical_shape
+from lightx2v.quant.layouts import accepted
 from lightx2v.registry import Registry
 
 MakeWeight = Callable[..., MMWeightLike]
@@ -33,7 +35,7 @@ class MMWeight:
         self.mm_config = mm_config
 
     def load(self, weight_dict: Mapping[str, Tensor]) -> None:
-        """Take the weight, its `<name>.weight_scale` if it is quantized, and the bias, on the device where they are.
+        """Take the weight, its scales (`<name>.weight_scale` and so on) and the bias, on the device where they are.
 
         Raises CheckpointError for what is missing or does not fit, ConfigError when no library can compute it here.
         """
@@ -41,14 +43,18 @@ class MMWeight:
         tensors = {"weight": self._get(weight_dict, self.weight_name)}
         if self.bias_name is not None:
             tensors["bias"] = self._get(weight_dict, self.bias_name)
-        if (scale_name := f"{name}.weight_scale") in weight_dict:
-            tensors["weight_scale"] = weight_dict[scale_name]
-        weight = tensors["weight"]
+        scheme, weight = parse(self.mm_type), tensors["weight"]
+        n, k = weight.shape
+        if scheme.weight is not None:
+            leaves = {leaf: f"{name}.{leaf}" for leaf in accepted(scheme.weight, n, k) if leaf != "weight"}
+            tensors |= {leaf: weight_dict[full] for leaf, full in leaves.items() if full in weight_dict}
+            n, k = logical_shape(scheme.weight, tensors)
         plan = plan_layer(
             name,
             self.mm_type,
-            parse(self.mm_type),
-            *weight.shape,
+            scheme,
+            n,
+            k,
             device=select_device(str(weight.device)),
             fallback=bool(self.mm_config.get("fallback", False)),
         )

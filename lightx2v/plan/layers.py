@@ -8,16 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lightx2v.config.schema import MMRule
-from lightx2v.errors import CheckpointError, ConfigError
+from lightx2v.errors import CheckpointError
+from lightx2v.io.comfy import comfy_marks
+from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
+from lightx2v.io.gguf import ENDING
 from lightx2v.io.weights import Checkpoint, TensorInfo
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.select import LayerPlan, code_bytes, match_rules, plan_layer
 from lightx2v.platform import DeviceInfo
-from lightx2v.quant.spec import QSpec
+from lightx2v.quant.formats import scale_bytes, unmakeable
+from lightx2v.quant.layouts import Stored, find_layout, misfit
+from lightx2v.quant.spec import GGUF, QSpec, gguf_kind
 
-#: Names of safetensors dtypes as the headers give them.
-FLOAT_DTYPES = {"F32", "F16", "BF16", "F64"}
-STORED_DTYPE = {"int8": "I8", "fp8": "F8_E4M3"}
+FLOAT_DTYPES = set(FLOAT_NAMES)
+#: What `auto` looks for, in this order.
+_TYPES = "int8 fp8 fp8-b128 fp8-pertensor mxfp8 mxfp6-mxfp8 mxfp4 nvfp4 int4-g128".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +44,47 @@ class ComponentPlan:
         """Those of them that are not plain floats."""
         return {layer.name: layer for layer in self.layers if layer.mm_type != "Default"}
 
-
-def stored_scheme(tensors: Mapping[str, TensorInfo], names: Sequence[str]) -> str:
-    """The mm_type that fits how a checkpoint holds the linears `names`: what `mm_type: auto` resolves to."""
-    for name in names:
-        weight, scale = tensors.get(f"{name}.weight"), tensors.get(f"{name}.weight_scale")
-        if weight is None or weight.dtype in FLOAT_DTYPES or scale is None:
-            continue
-        if weight.dtype == "I8":
-            return "int8"
-        if weight.dtype == "F8_E4M3":
-            return "fp8" if scale.shape[-1] == 1 else "fp8-b128"
-    return "Default"
+    def read_raw(self) -> frozenset[str]:
+        """Tensors, by the model's names, that a .gguf file gives as blocks: the layers dequantize them."""
+        return frozenset(f"{layer.name}.weight" for layer in self.layers if _is_gguf(layer))
 
 
-def _check_layer(layer: LayerPlan, tensors: Mapping[str, TensorInfo], auto_quant: bool, where: str) -> None:
-    weight = tensors.get(f"{layer.name}.weight")
+def stored_type(leaves: Mapping[str, TensorInfo], n: int, k: int) -> str:
+    """The mm_type that fits how a checkpoint holds a linear [n, k]: what `mm_type: auto` resolves to."""
+    weight = leaves.get("weight")
+    if weight is None or weight.dtype in FLOAT_DTYPES:
+        return "Default"
+    if weight.dtype in GGUF:
+        return f"gguf-{weight.dtype}"
+    stored = _stored(leaves)
+    names = (name for name in _TYPES if (spec := parse(name).weight) and find_layout(spec, n, k, stored))
+    return next(names, "Default")
+
+
+def _stored(leaves: Mapping[str, TensorInfo]) -> dict[str, Stored]:
+    """What the headers say, as `quant.layouts` takes it; the bias is no part of the weight."""
+    described = {leaf: info for leaf, info in leaves.items() if leaf != "bias"}
+    return {
+        leaf: Stored(TORCH_DTYPES[info.dtype], info.shape)
+        for leaf, info in described.items()
+        if info.dtype in TORCH_DTYPES
+    }
+
+
+def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], auto_quant: bool, where: str) -> None:
+    weight = leaves.get("weight")
     if weight is None:
         raise CheckpointError(
             where, f"tensor '{layer.name}.weight' is missing", do="check that this is the right checkpoint"
         )
     if layer.library == "custom":
         return  # a class from outside knows itself what it reads
-    shape = (layer.out_features, layer.in_features)
-    spec = layer.scheme.weight
-    is_float = weight.dtype in FLOAT_DTYPES
+    spec, shape = layer.scheme.weight, (layer.out_features, layer.in_features)
+    is_float, is_blocks = weight.dtype in FLOAT_DTYPES, weight.file.suffix == ENDING
+    if (is_float or is_blocks) and weight.shape != shape:
+        raise CheckpointError(
+            where, f"'{weight.name}' has shape {weight.shape}, the model wants {shape}", do="check config.json"
+        )
     if spec is None:
         if not is_float:
             raise CheckpointError(
@@ -71,46 +92,68 @@ def _check_layer(layer: LayerPlan, tensors: Mapping[str, TensorInfo], auto_quant
                 f"'{weight.name}' holds quantized weights ({weight.dtype}), mm_type '{layer.mm_type}' reads float ones",
                 do="give the file as the quantized checkpoint, with the mm_type that made it (or mm_type 'auto')",
             )
-    elif spec.dtype not in STORED_DTYPE:
-        raise ConfigError(
-            "mm_config.mm_type", f"'{layer.mm_type}' cannot be loaded by this version", allowed="int8, fp8, fp8-b128"
-        )
-    elif is_float and not auto_quant:
+    elif gguf_kind(spec) and is_blocks:
+        if weight.dtype not in GGUF:
+            raise CheckpointError(where, f"'{weight.name}' has blocks of {weight.dtype}", allowed=", ".join(GGUF))
+    elif is_float:
+        _check_float(weight, layer, spec, auto_quant, where)
+    elif find_layout(spec, *shape, _stored(leaves)) is None:
         raise CheckpointError(
             where,
-            f"'{weight.name}' holds {weight.dtype}, mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
+            f"not as mm_type '{layer.mm_type}' reads it: {_why(layer, spec, leaves)}",
+            do="use the mm_type that the file was made for, or 'auto'",
+        )
+
+
+def _why(layer: LayerPlan, spec: QSpec, leaves: Mapping[str, TensorInfo]) -> str:
+    unknown = [info for info in leaves.values() if info.dtype not in TORCH_DTYPES]
+    if unknown:
+        return f"'{unknown[0].name}' is {unknown[0].dtype}"
+    size = (spec, layer.out_features, layer.in_features)
+    return misfit(*size, _stored(leaves), f"{layer.name}.", HEADER_NAMES.__getitem__)
+
+
+def _check_float(weight: TensorInfo, layer: LayerPlan, spec: QSpec, auto_quant: bool, where: str) -> None:
+    if not auto_quant:
+        raise CheckpointError(
+            where,
+            f"'{weight.name}' holds {weight.dtype}, mm_type '{layer.mm_type}' reads quantized weights",
             do="convert it first (lightx2v convert --quantized) or set weight_auto_quant to true",
         )
-    elif not is_float:
-        if weight.dtype != STORED_DTYPE[spec.dtype]:
+    if problem := unmakeable(spec, layer.in_features):
+        raise CheckpointError(where, f"'{weight.name}' cannot be quantized to '{layer.mm_type}': {problem}")
+
+
+def _check_kinds(layers: Sequence[LayerPlan], tensors: Mapping[str, Mapping[str, TensorInfo]], where: str) -> None:
+    """A .gguf file mixes kinds of blocks; it must have some of each kind that was named."""
+    read = {layer.name: tensors[layer.name]["weight"] for layer in layers if _is_gguf(layer)}
+    there = {info.dtype for info in read.values() if info.file.suffix == ENDING}
+    for layer in layers:
+        kind = gguf_kind(layer.scheme.weight) if layer.scheme.weight else None
+        if kind and there and kind not in there:
             raise CheckpointError(
                 where,
-                f"'{weight.name}' holds {weight.dtype}, mm_type '{layer.mm_type}' reads {STORED_DTYPE[spec.dtype]}",
-                do="use the mm_type that the file was made for",
+                f"has blocks of {', '.join(sorted(there))}, mm_type '{layer.mm_type}' names others",
+                do="use mm_type 'auto'",
             )
-        _check_scale(layer, spec, tensors, where)
-    if weight.shape != shape:
-        raise CheckpointError(
-            where, f"'{weight.name}' has shape {weight.shape}, the model wants {shape}", do="check config.json"
-        )
 
 
-def _check_scale(layer: LayerPlan, spec: QSpec, tensors: Mapping[str, TensorInfo], where: str) -> None:
-    wanted = spec.scale_shape(layer.out_features, layer.in_features)
-    scale = tensors.get(f"{layer.name}.weight_scale")
-    if scale is None:
-        raise CheckpointError(
-            where,
-            f"scale '{layer.name}.weight_scale' is missing",
-            do="convert the checkpoint again; without its scales it is lost",
-        )
-    flat = (layer.out_features,)
-    if scale.shape != wanted and not (spec.granularity == "channel" and scale.shape == flat):
-        raise CheckpointError(
-            where,
-            f"scale '{scale.name}' has shape {scale.shape}, mm_type '{layer.mm_type}' wants {wanted}",
-            do="use the mm_type that the file was made for",
-        )
+def _is_gguf(layer: LayerPlan) -> bool:
+    return layer.scheme.weight is not None and gguf_kind(layer.scheme.weight) is not None
+
+
+def _check_order(layers: Sequence[LayerPlan], tensors: Mapping[str, Mapping[str, TensorInfo]], where: str) -> None:
+    """ComfyUI and NVIDIA ModelOpt give nvfp4 the same names and another order; only marked files are the former's."""
+    for layer in layers:
+        leaves = tensors[layer.name]
+        renamed = leaves["weight"].name != f"{layer.name}.weight"
+        if renamed and "weight_scale_2" in leaves and "comfy_quant" not in leaves:
+            raise CheckpointError(
+                where,
+                f"layer '{layer.name}' has a 'weight_scale_2' under a name of diffusers, as NVIDIA ModelOpt exports it",
+                allowed="nvfp4 of lightx2v convert, of LightX2V, or of ComfyUI",
+                do="convert the unquantized model",
+            )
 
 
 def plan_component(
@@ -132,18 +175,40 @@ def plan_component(
 
     `rename` turns the names in the file into the model's.
     """
-    tensors = {rename(name) if rename else name: info for name, info in checkpoint.tensors.items()}
-    default = stored_scheme(tensors, list(shapes)) if mm_type == "auto" else mm_type
-    types, unused = match_rules(shapes, default, rules)
+    marks = {name: TensorInfo(name, "U8", (size,), path, size) for name, size in comfy_marks(checkpoint).items()}
+    tensors = {rename(name) if rename else name: info for name, info in (dict(checkpoint.tensors) | marks).items()}
+    of_layers: dict[str, dict[str, TensorInfo]] = {layer: {} for layer in shapes}
+    for tensor_name, info in tensors.items():
+        layer_name, _, leaf = tensor_name.rpartition(".")
+        if layer_name in of_layers:
+            of_layers[layer_name][leaf] = info
+    types, unused = match_rules(shapes, mm_type, rules)
+    for layer, (n, k) in shapes.items():
+        if types[layer] == "auto":
+            types[layer] = stored_type(of_layers[layer], n, k)
     layers = tuple(
         plan_layer(layer, types[layer], parse(types[layer]), n, k, device=device, fallback=fallback)
         for layer, (n, k) in shapes.items()
     )
-    for layer in layers if check else ():
-        _check_layer(layer, tensors, auto_quant, str(path))
-    packed = {f"{layer.name}.weight": code_bytes(layer, device) for layer in layers if layer.scheme.weight is not None}
-    total = 0
-    for tensor_name, tensor in tensors.items():
-        width = 4 if tensor_name.endswith("_scale") else dtype_bytes
-        total += math.prod(tensor.shape) * packed.get(tensor_name, width)
+    if check:
+        for planned in layers:
+            _check_layer(planned, of_layers[planned.name], auto_quant, str(path))
+        _check_kinds(layers, of_layers, str(path))
+        _check_order(layers, of_layers, str(path))
+    quantized = {planned.name: planned for planned in layers if planned.scheme.weight is not None}
+    total = sum(_layer_bytes(planned, of_layers[name], device) for name, planned in quantized.items())
+    for tensor_name, info in tensors.items():
+        layer_name, _, leaf = tensor_name.rpartition(".")
+        if layer_name not in quantized or leaf == "bias":
+            total += math.prod(info.shape) * dtype_bytes
     return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused))
+
+
+def _layer_bytes(layer: LayerPlan, leaves: Mapping[str, TensorInfo], device: DeviceInfo) -> int:
+    """Bytes of a quantized weight with its scales, once its library has packed it."""
+    spec, weight = layer.scheme.weight, leaves.get("weight")
+    assert spec is not None
+    n, k = layer.out_features, layer.in_features
+    if _is_gguf(layer) and weight is not None and weight.file.suffix == ENDING:
+        return weight.nbytes
+    return int(n * (k + -k % max(1, spec.size)) * code_bytes(layer, device)) + scale_bytes(spec, n, k)

@@ -124,8 +124,8 @@ def _check_dit_tensors(module: nn.Module, checkpoint: Checkpoint, rename: Callab
             do="check that the file belongs to this family, size and task, and that it is whole",
         )
     for name, parameter in wanted.items():
-        if name.endswith(".weight") and found[name].dtype not in FLOAT_DTYPES:
-            continue  # codes may be packed; whether they are as the layer's mm_type reads them is looked at with it
+        if name.endswith(".weight") and found[name].dtype in ("U8", "I32"):
+            continue  # packed codes; whether they are as the layer's mm_type reads them is looked at with it
         if found[name].shape != tuple(parameter.shape):
             raise CheckpointError(
                 where,

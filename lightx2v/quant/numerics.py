@@ -39,7 +39,8 @@ class Rounding:
 
     `by` is what a value is multiplied or divided with: "scale" x / s, "reciprocal" x * (1 / s),
     "levels" x * (levels / amax). `in_bfloat16` does scale and division in bfloat16, and `scale_in_bfloat16` rounds only
-    the stored scale to it, both when x is bfloat16 alone. `ties_away` rounds .5 away from zero.
+    the stored scale to it, both when x is bfloat16 alone; `scale_in_float16` computes the scale of a float16 x in
+    float16. `ties_away` rounds .5 away from zero.
     """
 
     by: Literal["scale", "reciprocal", "levels"]
@@ -47,6 +48,7 @@ class Rounding:
     min_scale: float = 0.0
     in_bfloat16: bool = False
     scale_in_bfloat16: bool = False
+    scale_in_float16: bool = False
     ties_away: bool = False
 
 
@@ -62,7 +64,8 @@ _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
     ("sgl", "int8", "token"): Rounding("levels", min_amax=1e-10, ties_away=True),  # sglang int8_kernel.py
     ("sgl", "fp8", "token"): Rounding("reciprocal"),  # sgl-kernel per_token_quant_fp8.cu
     ("sgl", "fp8", "group"): Rounding("scale", min_amax=1e-10),  # sgl-kernel per_token_group_quant_8bit.cu
-    ("torchao", "int8", "token"): Rounding("scale", min_amax=1e-5, in_bfloat16=True),
+    # torchao's _quantize_activation_per_token_absmax: its eps is a lower bound of the scale
+    ("torchao", "int8", "token"): Rounding("reciprocal", min_scale=1e-5, in_bfloat16=True, scale_in_float16=True),
     ("torchao", "fp8", "token"): _TORCHAO_FP8,
     ("triton", "fp8", "token"): _TRITON_FP8,
     ("deepgemm", "fp8", "group"): Rounding("levels", min_amax=1e-4),  # LightX2V's torch code for DeepGEMM
@@ -74,10 +77,11 @@ def rounding_of(library: str, spec: QSpec) -> Rounding:
     return _ROUNDINGS.get((library, spec.dtype, spec.granularity), NATIVE)
 
 
-def quantize_weight(weight: Tensor, spec: QSpec) -> Quantized:
+def quantize_weight(weight: Tensor, spec: QSpec, amax: Tensor | None = None) -> Quantized:
     """Quantize a weight [N, K] of any float dtype as LightX2V's converter does: amax >= 1e-5, scale = amax / levels.
 
     Channel: scale [N, 1]. Block: scale [ceil(N/size), ceil(K/size)]; the last block of a row or column may be partial.
+    Tensor: scale [1]; `amax` is the largest absolute value of the whole when `weight` is a part of its rows.
     """
     levels = _levels(spec)
     values = weight.float()
@@ -86,7 +90,7 @@ def quantize_weight(weight: Tensor, spec: QSpec) -> Quantized:
     elif spec.granularity == "block":
         amax = _blocks(values, spec.size).abs().amax(dim=(1, 3))
     elif spec.granularity == "tensor":
-        amax = values.abs().amax().reshape(1)
+        amax = (values.abs().amax() if amax is None else amax).reshape(1)
     else:
         raise ValueError(f"weights have no granularity '{spec.granularity}'")
     scale = amax.clamp(min=WEIGHT_MIN_AMAX) / levels
@@ -112,18 +116,22 @@ def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> 
         raise ValueError(f"activations have no granularity '{spec.granularity}'")
     amax = groups.abs().amax(dim=2, keepdim=True)
     if not (rounding.in_bfloat16 and x.dtype == torch.bfloat16):
-        amax, groups = amax.float(), groups.float()
+        groups = groups.float()
+        amax = amax if rounding.scale_in_float16 and x.dtype == torch.float16 else amax.float()
     if rounding.min_amax:
         amax = amax.clamp(min=rounding.min_amax)
-    scale = amax / levels
+    # A GPU multiplies by the reciprocal of a number that divides a tensor, which rounds twice.
+    scale = amax / torch.full_like(amax, levels)
     if rounding.min_scale:
         scale = scale.clamp(min=rounding.min_scale)
+    if scale.dtype == torch.float16:
+        scale = scale.float()
     # The clamps below keep zero rows, and rows so small that their scale is subnormal, finite.
     if rounding.by == "levels":
         # A number divided by a tensor would be the number times the tensor's reciprocal, which rounds twice.
         scaled = groups * (torch.full_like(amax, levels) / amax).clamp(max=_HUGE)
     elif rounding.by == "reciprocal":
-        scaled = groups * scale.reciprocal().clamp(max=_HUGE)
+        scaled = groups * scale.reciprocal().clamp(max=torch.finfo(scale.dtype).max)
     else:
         scaled = groups / scale.clamp(min=_TINY)
     if spec.dtype == "int8":

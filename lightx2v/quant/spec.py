@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = str
-"""int8, fp8 (e4m3fn), int4, nvfp4, mxfp8, mxfp6, mxfp4, or gguf_<kind>."""
+"""int8, fp8 (e4m3fn), int4, nvfp4, mxfp8 (e4m3), mxfp6 (e3m2), mxfp4 (e2m1), or gguf_<kind>."""
 Granularity = Literal["tensor", "channel", "token", "group", "block"]
+
+
+BITS = {"int8": 8.0, "fp8": 8.0, "mxfp8": 8.0, "mxfp6": 6.0, "mxfp4": 4.0, "nvfp4": 4.0, "int4": 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,11 @@ class QSpec:
         groups = -(-columns // self.size)
         return (rows, groups) if self.granularity == "group" else (-(-rows // self.size), groups)
 
+    @property
+    def bits(self) -> float | None:
+        """Bits of one code without its scale; None for gguf, whose blocks hold both."""
+        return BITS.get(self.dtype)
+
 
 INT8_CHANNEL = QSpec("int8", "channel")
 INT8_TOKEN = QSpec("int8", "token", dynamic=True)
@@ -39,3 +47,49 @@ FP8_CHANNEL = QSpec("fp8", "channel")
 FP8_TOKEN = QSpec("fp8", "token", dynamic=True)
 FP8_BLOCK128 = QSpec("fp8", "block", 128)
 FP8_GROUP128 = QSpec("fp8", "group", 128, dynamic=True)
+FP8_TENSOR = QSpec("fp8", "tensor")
+"""As an activation: with the checkpoint's `input_scale`, or a new scale at each call where it has none."""
+FP8_TENSOR_DYNAMIC = QSpec("fp8", "tensor", dynamic=True)
+INT4_G128 = QSpec("int4", "group", 128)
+MXFP8, MXFP6, MXFP4 = (QSpec(dtype, "group", 32) for dtype in ("mxfp8", "mxfp6", "mxfp4"))
+MXFP8_DYNAMIC, MXFP4_DYNAMIC = (QSpec(dtype, "group", 32, dynamic=True) for dtype in ("mxfp8", "mxfp4"))
+NVFP4 = QSpec("nvfp4", "group", 16)
+NVFP4_DYNAMIC = QSpec("nvfp4", "group", 16, dynamic=True)
+"""As an activation: scales of groups at each call, under the checkpoint's global scale or a new one."""
+
+
+@dataclass(frozen=True, slots=True)
+class GgufKind:
+    """One kind of blocks of a .gguf file: its number there, and the values and bytes of a block."""
+
+    number: int
+    values: int
+    nbytes: int
+
+
+GGUF_KINDS: dict[str, GgufKind] = {
+    "F32": GgufKind(0, 1, 4),
+    "F16": GgufKind(1, 1, 2),
+    "BF16": GgufKind(30, 1, 2),
+    "Q4_0": GgufKind(2, 32, 18),
+    "Q4_1": GgufKind(3, 32, 20),
+    "Q5_0": GgufKind(6, 32, 22),
+    "Q5_1": GgufKind(7, 32, 24),
+    "Q8_0": GgufKind(8, 32, 34),
+    "Q2_K": GgufKind(10, 256, 84),
+    "Q3_K": GgufKind(11, 256, 110),
+    "Q4_K": GgufKind(12, 256, 144),
+    "Q5_K": GgufKind(13, 256, 176),
+    "Q6_K": GgufKind(14, 256, 210),
+}
+"""The kinds that are read here, as ggml numbers and sizes them (ggml.h, ggml-common.h)."""
+
+GGUF: dict[str, QSpec] = {
+    kind: QSpec(f"gguf_{kind.lower()}", "group", layout.values) for kind, layout in GGUF_KINDS.items()
+}
+"""Weights of a .gguf file. Each of its tensors may be of another kind: the one named is what floats become."""
+
+
+def gguf_kind(spec: QSpec) -> str | None:
+    """The kind of blocks that a spec of `GGUF` names; None for any other spec."""
+    return spec.dtype.removeprefix("gguf_").upper() if spec.dtype.startswith("gguf_") else None

@@ -129,7 +129,7 @@ def test_one_compiled_graph_serves_all_blocks(mm_type: str, monkeypatch: pytest.
 @torch.no_grad()
 def test_what_no_step_changes_is_computed_once() -> None:
     model = tiny.tiny_dit("i2v")
-    latents, timestep, conditions = tiny.random_inputs(model.arch, *SHAPE)
+    latents, _, conditions = tiny.random_inputs(model.arch, *SHAPE)
     projected: list[str] = []
     for name, child in model.named_modules():
         if isinstance(child, nn.Linear):
@@ -142,6 +142,8 @@ def test_what_no_step_changes_is_computed_once() -> None:
         for block in model.blocks:
             stream = block(stream, context)
         outputs.append(model.head(stream, context))
-    once = [n for n in projected if n.endswith(("cross_attn.k", "cross_attn.v_img", "text_embedding.0", "projection.1"))]
+    once = [
+        n for n in projected if n.endswith(("cross_attn.k", "cross_attn.v_img", "text_embedding.0", "projection.1"))
+    ]
     assert len(once) == len(set(once)) == 2 * model.arch.num_layers + 2
     assert tiny.relative_error(outputs[1], model(latents, torch.tensor([500.0]), conditions)) < 1e-6

@@ -24,7 +24,7 @@ CASES = [
     for library in LIBRARIES
     for name in SCHEMES
     if LIBRARIES[library].available(device) is None
-    and LIBRARIES[library].can_serve(parse(name).with_library(library), 128, 128, device) is None
+    and LIBRARIES[library].can_serve(parse(name).with_library(library), 127, 125, device) is None  # serves any shape
 ]
 IDS = [f"{device.torch_name}-{library}-{name}" for device, library, name in CASES]
 MAGNITUDES = {"zeros": 0.0, "tiny": 6e-8, "normal": 1.0, "largest fp16": 65504.0}

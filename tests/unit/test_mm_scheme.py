@@ -52,7 +52,7 @@ MEANINGS = {
     "Default-Force-FP32": ((None, None), "torch", "torch"),
     "int4-g128-marlin": ((QSpec("int4", "group", 128), None), "marlin", "marlin"),
     "nvfp4": (
-        (QSpec("nvfp4", "group", 16), QSpec("nvfp4", "group", 16, dynamic=True)), "lightx2v_kernel", "lightx2v_kernel",
+        (QSpec("nvfp4", "group", 16), QSpec("nvfp4", "group", 16, dynamic=True)), "auto", "auto",
     ),
 }  # fmt: skip
 HEAD = (

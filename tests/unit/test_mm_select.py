@@ -48,7 +48,7 @@ def test_every_name_is_served_or_has_its_reason(name: str) -> None:
         assert f"{scheme.library}: " in str(error)
         assert len(unavailable(scheme.library, scheme, 256, 128, CPU) or "") > 10
     else:
-        assert layer.library in ("torch", "onednn", "torch_native", "reference")
+        assert layer.library in ("torch", "onednn", "torch_native", "dequantize", "reference")
         assert layer.scheme.numerics == scheme.numerics and layer.reason
 
 
@@ -75,8 +75,11 @@ def test_a_named_library_is_used_or_refused() -> None:
 
 def test_an_installed_library_without_adapter_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "probe", lambda module: Probe(module, "1.2.3", None))
-    with pytest.raises(ConfigError, match=r"vllm 1\.2\.3 is installed; this version has no adapter for it yet"):
-        plan("int8-vllm")
+    with pytest.raises(
+        ConfigError,
+        match=r"needs a Moore Threads GPU; torch_musa 1\.2\.3 is installed; this version has no adapter for it yet",
+    ):
+        plan("fp8-musa")
     with pytest.raises(ConfigError, match="needs an Ascend NPU"):
         plan("int8-npu")
 
@@ -84,12 +87,14 @@ def test_an_installed_library_without_adapter_says_so(monkeypatch: pytest.Monkey
 def test_fallback_warns_once_and_is_in_the_reason(warnings: list[str]) -> None:
     first, second = (plan("fp8-sgl", fallback=True) for _ in range(2))
     assert first == second and first.library == "onednn"
-    assert first.reason.startswith("fallback from sgl (sgl_kernel is not installed (pip install sgl-kernel)")
+    assert first.reason.startswith("fallback from sgl (sgl_kernel is not installed (pip install sglang-kernel)")
     assert first.scheme.act_library == "sgl" and first.mm_type == "fp8-sgl"
     assert len(warnings) == 1 and "instead of sgl" in warnings[0]
 
 
-@pytest.mark.parametrize("name", ["nvfp4", "gguf-Q4_0", "Calib", "W-int8-channel-A-int8-channel-dynamic-Auto"])
+@pytest.mark.parametrize(
+    "name", ["W-mxfp4-group32-A-mxfp8-group32-Auto", "Calib", "W-int8-channel-A-int8-channel-dynamic-Auto"]
+)
 def test_what_no_library_computes_is_refused_even_with_fallback(name: str) -> None:
     with pytest.raises(ConfigError, match="reference: does not compute this scheme"):
         plan(name, fallback=True)

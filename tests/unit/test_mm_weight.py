@@ -60,7 +60,7 @@ def test_refuses_what_is_missing() -> None:
     with pytest.raises(CheckpointError, match="set weight_auto_quant"):
         mm.load(FLOATS)
     with pytest.raises(ConfigError, match="no adapter"):
-        MM_WEIGHT_REGISTER["nvfp4"]("a.weight").load(FLOATS)
+        MM_WEIGHT_REGISTER["int4-g128-marlin"]("a.weight").load(FLOATS)
     with pytest.raises(ConfigError, match="did you mean 'int8'"):
         MM_WEIGHT_REGISTER["int9"]
     assert "int9" not in MM_WEIGHT_REGISTER

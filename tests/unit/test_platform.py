@@ -107,7 +107,7 @@ def test_probe_never_raises_and_never_imports(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_install_hints() -> None:
-    assert install_hint("sgl_kernel") == "pip install sgl-kernel"
+    assert install_hint("sgl_kernel") == "pip install sglang-kernel"
     assert install_hint("torchao") == "pip install torchao"
     assert "DeepGEMM" in install_hint("deep_gemm")
 

@@ -166,10 +166,10 @@ def test_file_that_vanishes_after_opening(tmp_path: Path) -> None:
         checkpoint.load("a")
 
 
-@pytest.mark.parametrize("name", ["absent", "absent.safetensors", "weights.gguf"])
+@pytest.mark.parametrize("name", ["absent", "absent.safetensors", "weights.onnx"])
 def test_wrong_paths(tmp_path: Path, name: str) -> None:
-    (tmp_path / "weights.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"no such file|unknown ending '.gguf'"):
+    (tmp_path / "weights.onnx").touch()
+    with pytest.raises(CheckpointError, match=r"no such file|unknown ending '.onnx'"):
         Checkpoint.open(tmp_path / name)
 
 

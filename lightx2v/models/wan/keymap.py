@@ -53,8 +53,8 @@ def to_original(name: str) -> str:
 
 
 def is_unused(name: str) -> bool:
-    """Whether a tensor of a diffusers checkpoint belongs to no layer: published I2V files hold `norm_added_q`."""
-    return ".norm_added_q." in name
+    """Whether a tensor belongs to no layer: `norm_added_q` of published I2V files, `scaled_fp8` of ComfyUI's."""
+    return ".norm_added_q." in name or name == "scaled_fp8"
 
 
 def _rename(name: str, top: Mapping[str, str], block: Mapping[str, str]) -> str:

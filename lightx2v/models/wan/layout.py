@@ -168,8 +168,8 @@ def _is_converted(entry: Path) -> bool:
     """Whether `entry` looks like a quantized DiT: a file named so, or a folder of weights."""
     if entry.is_dir():
         return any(file.suffix == ".safetensors" for file in _weights_in(entry))
-    named = any(mark in entry.name.lower() for mark in _QUANTIZED)
-    return named and entry.suffix in _WEIGHTS and not entry.name.lower().startswith(_NOT_DIT)
+    named = any(mark in entry.name.lower() for mark in _QUANTIZED) and entry.suffix in _WEIGHTS
+    return (named or entry.suffix == ".gguf") and not entry.name.lower().startswith(_NOT_DIT)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,55 @@
+"""Activations of any scheme as codes and scales: what a library's `quantize` does in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightx2v.quant.blocks import E4M3, by_rows, fill_up, global_scale, mx_blocks, nvfp4_blocks
+from lightx2v.quant.numerics import FP8_MAX, NATIVE, Quantized, Rounding, quantize_activation
+from lightx2v.quant.spec import QSpec
+
+_TINY = torch.finfo(torch.float32).tiny
+BLOCK_SCALED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
+
+
+def quantize_whole(x: Tensor, static: Tensor | None) -> Quantized:
+    """fp8 codes of activations [M, K] under one scale [1]: `static`, or amax / 448 of this very tensor.
+
+    What is larger than 448 times a static scale becomes the largest code; an inf becomes NaN.
+    """
+    if static is None:
+        amax = x.abs().amax().float()
+        scale = amax / torch.full_like(amax, FP8_MAX)
+    else:
+        scale = static.reshape(())
+    divisor = scale.clamp(min=_TINY)
+
+    def make(slab: Tensor) -> tuple[Tensor]:
+        scaled = slab.float() / divisor
+        within = scaled.clamp(-FP8_MAX, FP8_MAX)
+        codes = torch.where(scaled.isinf(), torch.nan, within).to(E4M3)
+        return (codes.view(torch.uint8),)
+
+    return Quantized(by_rows(x, make)[0].view(E4M3), scale.reshape(1))
+
+
+def quantize_input(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE, static: Tensor | None = None) -> Quantized:
+    """Codes [M, K] and float32 scales of activations [M, K], K filled up with zeros to whole groups.
+
+    `static` is what the checkpoint has for the layer's input: `input_scale` (fp8, a factor), `input_global_scale`
+    (nvfp4, a divisor); None takes the scale of this tensor. Elements of four and six bits come as the e4m3 numbers that
+    they are. The scales of nvfp4 are [M, G + 1]: those of the groups, and in the last column the one of the tensor, a
+    factor.
+    """
+    if spec.dtype == "nvfp4":
+        tensor_scale = global_scale(x.abs().amax()) if static is None else static
+        blocks = nvfp4_blocks(x, spec, tensor_scale)
+        factor = tensor_scale.reciprocal().expand(x.shape[0], 1)
+        return Quantized(blocks.elements, torch.cat((blocks.scale.float(), factor), dim=1))
+    if spec.dtype in BLOCK_SCALED:
+        blocks = mx_blocks(x, spec)
+        return Quantized(blocks.elements, blocks.scale.float())
+    if spec.granularity == "tensor":
+        return quantize_whole(x, None if spec.dynamic else static)
+    return quantize_activation(fill_up(x, spec) if spec.size else x, spec, rounding)
