@@ -163,6 +163,13 @@ class QuantLinear(nn.Module):
         same = (self.scheme, self.library, self.in_features) == (other.scheme, other.library, other.in_features)
         return same and not apart and self.out_features % rows == other.out_features % rows == 0
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether the result for a row is the same beside any others: not where one scale is found for all of them."""
+        activation = self.scheme.activation
+        shared = activation is not None and (activation.granularity == "tensor" or activation.dtype == "nvfp4")
+        return not shared or bool(self._input_leaves())
+
     def _input_leaves(self) -> list[str]:
         """What the checkpoint has for the scale of this layer's input."""
         return [name for name in self._ready()._buffers if name in INPUT_LEAVES]

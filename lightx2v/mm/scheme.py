@@ -129,6 +129,9 @@ _OTHER_QUANTIZERS = (
     "W-fp8-block128-sym-A-fp8-channel-group128-sym-dynamic-Deepgemm-ActSgl",
 )
 
+#: Libraries whose rounding of activations is known, which is what "-Act<Library>" asks for.
+_ACT_LIBRARIES = frozenset("vllm sgl torchao triton deepgemm onednn torch_native reference".split())
+
 _LONG = re.compile(
     r"W-(?P<w_dtype>[a-z0-9]+)-(?P<w_gran>tensor|channel|block\d+|group\d+)(?P<w_sym>-sym)?"
     r"(?:-A-(?P<a_dtype>[a-z0-9]+)-(?P<a_gran>tensor|token|channel(?:-group\d+)?|group\d+)(?P<a_sym>-sym)?(?P<dynamic>-dynamic)?)?"
@@ -185,7 +188,7 @@ def _parse(name: str) -> Scheme | None:
     if match is None or match["w_dtype"] not in _DTYPES or match["a_dtype"] not in (None, *_DTYPES):
         return None
     named, act = _library(match["library"]), _library(match["act"] or "")
-    if named is None or (match["act"] and act in (None, "auto")):
+    if named is None or (match["act"] and act not in _ACT_LIBRARIES):
         return None
     weight = _spec(match["w_dtype"], match["w_gran"], bool(match["w_sym"]), dynamic=False)
     if match["a_dtype"] is None:

@@ -32,10 +32,15 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
 def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     """down(gelu(up(x))) with the tanh approximation, for x [B, L, K]."""
     step = x.shape[1]
-    if x.device.type == "cpu" and not torch.is_grad_enabled():
+    if x.device.type == "cpu" and not torch.is_grad_enabled() and _takes_rows(up) and _takes_rows(down):
         step = max(1, CPU_ROWS // x.shape[0])
     parts = [down(_up(part, up)) for part in x.split(step, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _takes_rows(layer: nn.Module) -> bool:
+    """Whether what it makes of a row does not depend on the others."""
+    return isinstance(layer, nn.Linear) or (isinstance(layer, QuantLinear) and layer.takes_rows)
 
 
 def _up(x: Tensor, up: nn.Module) -> Tensor:

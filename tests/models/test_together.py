@@ -8,13 +8,14 @@ from fnmatch import fnmatchcase
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightx2v.features.compile import compile_blocks
 from lightx2v.mm.fused import FusedPart, fuse_projections
 from lightx2v.mm.linear import QuantLinear, swap_linears
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.select import plan_layer
-from lightx2v.mm.together import project
+from lightx2v.mm.together import feed_forward, project
 from lightx2v.models.wan.dit import WanDiT
 from lightx2v.models.wan.spec import WAN
 from lightx2v.platform import select_device
@@ -147,3 +148,16 @@ def test_what_no_step_changes_is_computed_once() -> None:
     ]
     assert len(once) == len(set(once)) == 2 * model.arch.num_layers + 2
     assert tiny.relative_error(outputs[1], model(latents, torch.tensor([500.0]), conditions)) < 1e-6
+
+
+@torch.no_grad()
+def test_a_feed_forward_is_parted_only_where_rows_do_not_share_a_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightx2v.mm.together.CPU_ROWS", 4)
+    x = torch.randn(1, 10, 128) * torch.arange(1, 11).view(1, 10, 1)
+    for mm_type, parted in (("int8", True), ("mxfp8", True), ("nvfp4", False), ("fp8-pertensor", False)):
+        up, down = layer(mm_type, 128), layer(mm_type, 128)
+        assert up.takes_rows is parted
+        whole = down(F.gelu(up(x), approximate="tanh"))
+        assert tiny.relative_error(feed_forward(x, up, down), whole) < 1e-3
+    up, down = nn.Linear(128, 256), nn.Linear(256, 128)
+    assert tiny.relative_error(feed_forward(x, up, down), down(F.gelu(up(x), approximate="tanh"))) < 1e-6

@@ -121,3 +121,10 @@ def test_nonsense_is_refused(name: str) -> None:
 def test_the_grammar_needs_no_torch() -> None:
     code = "import sys, lightx2v.mm.scheme; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_activations_are_quantized_by_a_library_whose_rounding_is_known() -> None:
+    assert parse(INT8_LONG + "Reference-ActVllm").act_library == "vllm"
+    for library in ("Npu", "Auto", "Marlin"):
+        with pytest.raises(ConfigError, match="unknown mm_type"):
+            parse(f"{INT8_LONG}Reference-Act{library}")

@@ -4,8 +4,8 @@ Shapes: B batch; C latent channels; t, h, w latent frames, height, width; L = (t
 T text tokens; N image tokens; D width; H heads of width Dh = D/H. Names of the parameters are the original ones.
 
 Precision, as in the original's autocast regions: the residual stream, norms, rotary embedding, modulation, time
-embedding and head are float32; the linears of the blocks compute in the dtype of the text tokens, which is the dtype
-of `text_embedding`.
+embedding and head are computed in float32; the linears of the blocks compute in the dtype of the text tokens, which is
+the dtype of `text_embedding`.
 """
 
 from __future__ import annotations
@@ -57,6 +57,13 @@ def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
 def dtype_of(module: nn.Module) -> torch.dtype:
     """The dtype that `module`, none of whose layers is ever quantized, computes in."""
     return next(module.parameters()).dtype
+
+
+class Float32Linear(nn.Linear):
+    """Computed in float32 whatever its weights are held in: for the time embedding, which is made once per request."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class LayerNorm(nn.LayerNorm):
@@ -195,8 +202,6 @@ class WanDiT(nn.Module):
     """Predicts the flow (noise minus data) of video latents. It runs on one device and knows nothing of features."""
 
     fp32_names = (
-        "time_embedding.*",
-        "time_projection.*",
         "*modulation",
         "*norm_q.*",
         "*norm_k.*",
@@ -216,9 +221,9 @@ class WanDiT(nn.Module):
             nn.Linear(arch.text_dim, arch.dim), nn.GELU(approximate="tanh"), nn.Linear(arch.dim, arch.dim)
         )
         self.time_embedding = nn.Sequential(
-            nn.Linear(arch.freq_dim, arch.dim), nn.SiLU(), nn.Linear(arch.dim, arch.dim)
+            Float32Linear(arch.freq_dim, arch.dim), nn.SiLU(), Float32Linear(arch.dim, arch.dim)
         )
-        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(arch.dim, 6 * arch.dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Float32Linear(arch.dim, 6 * arch.dim))
         if arch.model_type == "i2v":
             self.img_emb = ImageEmbedding(arch)
         self.blocks = nn.ModuleList(Block(arch, index) for index in range(arch.num_layers))
@@ -233,9 +238,8 @@ class WanDiT(nn.Module):
 
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """Timesteps [S] in 0..1000 to what the head [S, D] and the blocks [S, 6, D] add to their modulation."""
-        sinusoids = timestep_embedding(timesteps, self.arch.freq_dim).to(dtype_of(self.time_embedding))
-        head = self.time_embedding(sinusoids)
-        return TimeEmbedding(head.float(), self.time_projection(head).unflatten(1, (6, -1)).float())
+        head = self.time_embedding(timestep_embedding(timesteps, self.arch.freq_dim))
+        return TimeEmbedding(head, self.time_projection(head).unflatten(1, (6, -1)))
 
     def prepare(self, conditions: Conditions) -> Prepared:
         """Text and image tokens in the model's own width."""
