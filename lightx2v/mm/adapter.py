@@ -18,6 +18,7 @@ from lightx2v.mm.vendor import Function
 from lightx2v.platform import DeviceInfo, install_hint, probe
 from lightx2v.quant.formats import quantize_leaves
 from lightx2v.quant.numerics import Quantized
+from lightx2v.quant.spec import FP8_CHANNEL, FP8_TOKEN, INT8_CHANNEL, INT8_TOKEN
 
 _TOLERANCE = 0.01
 """Largest error of the trial, in parts of the largest result: bfloat16 rounds to 0.004, a wrong layout is off by 1."""
@@ -100,6 +101,33 @@ class VendorLibrary(TorchQuantize, ABC):
             taken = bias.to(out)
         product = self.multiply(self._product(scheme).find().value, x, packed, taken, out)
         return add_bias(product, bias if taken is None else None, out_dtype)
+
+
+class CutlassLibrary(VendorLibrary):
+    """CUTLASS' products as vLLM and SGLang both wrap them: A [M, K] row-major, B [K, N] column-major, scales [M, 1]
+    and [N, 1], the bias in the dtype of the result.
+    """
+
+    def multiply(
+        self, product: Callable[..., Any], x: Quantized, packed: Packed, bias: Tensor | None, out: torch.dtype
+    ) -> Tensor:
+        result: Tensor = product(x.codes, packed.weight.t(), x.scale, packed.scale, out, bias=bias)
+        return result
+
+
+def cutlass_caps(int8_from: tuple[int, int]) -> Caps:
+    """What both have: int8 from `int8_from` to compute capability 9.0, where its kernels end, and fp8 from 8.9 on."""
+    return Caps(
+        frozenset({(INT8_CHANNEL, INT8_TOKEN), (FP8_CHANNEL, FP8_TOKEN)}),
+        capability={"int8": (int8_from, (9, 0)), "fp8": ((8, 9), None)},
+        k_multiple=16,
+        n_multiple=16,
+        layout="KN",
+        bias="fused",
+        out_dtypes=frozenset({torch.float16, torch.bfloat16}),
+        exact=frozenset({"int8"}),
+        rtol=2.0**-7,
+    )
 
 
 @lru_cache(maxsize=64)

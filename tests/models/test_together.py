@@ -109,7 +109,11 @@ def test_one_quantization_serves_layers_that_agree_on_it(monkeypatch: pytest.Mon
     assert all(torch.equal(one, made(x)) for one, made in zip(project(x, *mixed), mixed, strict=True))
 
 
-@pytest.mark.parametrize("mm_type", ["Default", "int8", "fp8", "fp8-b128", "int8-torch", "int8-reference"])
+EIGHT_BITS = ["int8", "fp8", "fp8-b128", "int8-torch", "int8-reference", "fp8-pertensor"]
+BLOCKS = ["mxfp8", "mxfp6-mxfp8", "mxfp4", "nvfp4", "int4-g128", "gguf-Q4_0"]
+
+
+@pytest.mark.parametrize("mm_type", ["Default", *EIGHT_BITS, *BLOCKS])
 @torch.no_grad()
 def test_one_compiled_graph_serves_all_blocks(mm_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._dynamo.testing import CompileCounter

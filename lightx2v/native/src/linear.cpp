@@ -45,6 +45,17 @@ inline void finish_row(const Acc* sums, const int32_t* shift, const float* scale
   for (int64_t j = 0; j < count; ++j) store(values[j], y + j);
 }
 
+// The same for the rows of a panel; `shift`, `scale` and `tokens` are null where a kind has none.
+template <int kEpilogue, class Acc, class Y>
+void finish_panel(const Layer& layer, const Acc* sums, const int32_t* shift, const float* scale, const float* tokens,
+                  int64_t rows, int64_t panel, Y* y) {
+  const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
+  for (int64_t i = 0; i < rows; ++i)
+    finish_row<kEpilogue>(sums + i * kColumns, shift ? shift + first : nullptr, scale ? scale + first : nullptr,
+                          tokens ? tokens[i] : 1.0f, layer.bias ? layer.bias + first : nullptr, count,
+                          y + i * layer.n + first);
+}
+
 struct Int8 {
   using Code = uint8_t;
   using Acc = int32_t;
@@ -78,10 +89,7 @@ struct Int8 {
   }
   template <int kEpilogue, class Y>
   void finish(const Acc* sums, const float* scales, int64_t rows, int64_t panel, Y* y) const {
-    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row<kEpilogue>(sums + i * kColumns, shift + first, layer.scale + first, scales[i],
-                            layer.bias ? layer.bias + first : nullptr, count, y + i * layer.n + first);
+    finish_panel<kEpilogue>(layer, sums, shift, layer.scale, scales, rows, panel, y);
   }
 };
 
@@ -127,10 +135,7 @@ struct Fp8Channel {
   }
   template <int kEpilogue, class Y>
   void finish(const Acc* sums, const float* scales, int64_t rows, int64_t panel, Y* y) const {
-    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row<kEpilogue>(sums + i * kColumns, nullptr, layer.scale + first, scales[i],
-                            layer.bias ? layer.bias + first : nullptr, count, y + i * layer.n + first);
+    finish_panel<kEpilogue>(layer, sums, nullptr, layer.scale, scales, rows, panel, y);
   }
 };
 
@@ -198,10 +203,7 @@ struct Fp8Block {
   }
   template <int kEpilogue, class Y>
   void finish(const Acc* sums, const float*, int64_t rows, int64_t panel, Y* y) const {
-    const int64_t first = panel * kColumns, count = std::min(kColumns, layer.n - first);
-    for (int64_t i = 0; i < rows; ++i)
-      finish_row<kEpilogue>(sums + i * kColumns, nullptr, nullptr, 1.0f, layer.bias ? layer.bias + first : nullptr, count,
-                            y + i * layer.n + first);
+    finish_panel<kEpilogue>(layer, sums, nullptr, nullptr, nullptr, rows, panel, y);
   }
 };
 
