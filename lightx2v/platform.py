@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
@@ -259,8 +260,29 @@ def synchronize(device: DeviceInfo) -> None:
 
 def empty_cache(device: DeviceInfo) -> None:
     """Give the allocator's unused memory back to the device."""
-    if device.kind != "cpu":
+    if device.kind == "cpu":
+        trim_memory()
+    else:
         _backend(device).empty_cache()
+
+
+def trim_memory() -> None:
+    """Give what Python has freed back to the system, where the C library is glibc, which keeps it otherwise.
+
+    It counts blocks of up to 32 MB, such as the weights of a layer, as small ones that it may want again.
+    """
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+@lru_cache(maxsize=1)
+def _c_library() -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        return library if hasattr(library, "malloc_trim") else None
+    except OSError:
+        return None
 
 
 def peak_memory(device: DeviceInfo) -> int:

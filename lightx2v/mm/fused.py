@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.mm.linear import QuantLinear
+from lightx2v.platform import trim_memory
 
 
 class FusedPart(nn.Module):
@@ -58,6 +59,8 @@ def fuse_projections(model: nn.Module) -> int:
             for name, layer in zip(names, layers, strict=True):
                 setattr(module, name, FusedPart(whole, start, layer.out_features, owner=not start))
                 start += layer.out_features
+            del layers, layer
+            trim_memory()  # each group leaves holes that the next is too large for
     return count
 
 
