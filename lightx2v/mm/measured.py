@@ -31,6 +31,8 @@ SMALLEST = 1 << 20
 NEAR = 1.1
 """Times that differ by less count as equal."""
 _REPEATS = 5
+_SECONDS = 0.5
+"""After so long no further turn is begun: a plan should not take long, and slow products vary little."""
 
 
 def ranking(scheme: Scheme, libraries: Sequence[str], n: int, k: int, device: DeviceInfo) -> dict[str, float]:
@@ -84,7 +86,10 @@ def _measure(scheme: Scheme, libraries: Sequence[str], n: int, k: int, device: D
             times[library].append(float("inf"))
         else:
             runs[library] = run
-    for _ in range(_REPEATS):
+    deadline = time.perf_counter() + _SECONDS
+    for repeat in range(_REPEATS):
+        if repeat and time.perf_counter() > deadline:
+            break
         for library, run in runs.items():
             synchronize(device)
             start = time.perf_counter()
