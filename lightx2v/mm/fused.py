@@ -48,8 +48,10 @@ class FusedPart(nn.Module):
 def fuse_projections(model: nn.Module) -> int:
     """Put together the layers that modules of `model` name in `fused`, where they agree. Returns how many groups."""
     count = 0
-    for module in list(model.modules()):
-        for names in getattr(module, "fused", ()):
+    # A list of all modules would hold the single layers, and with them their weights, until the end.
+    owners = [(module, groups) for module in model.modules() if (groups := getattr(module, "fused", ()))]
+    for module, groups in owners:
+        for names in groups:
             layers = [child for name in names if (child := getattr(module, name, None)) is not None]
             whole = _together(layers) if len(layers) == len(names) else None
             if whole is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from fnmatch import fnmatchcase
 
 import pytest
@@ -165,3 +166,13 @@ def test_a_feed_forward_is_parted_only_where_rows_do_not_share_a_scale(monkeypat
         assert tiny.relative_error(feed_forward(x, up, down), whole) < 1e-3
     up, down = nn.Linear(128, 256), nn.Linear(256, 128)
     assert tiny.relative_error(feed_forward(x, up, down), down(F.gelu(up(x), approximate="tanh"))) < 1e-6
+
+
+@torch.no_grad()
+def test_single_layers_are_freed_as_soon_as_they_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = quantized(tiny.tiny_dit("t2v"), {"*": "int8"})
+    single = [weakref.ref(getattr(block.self_attn, name)) for block in model.blocks for name in "qkv"]
+    alive: list[int] = []
+    monkeypatch.setattr("lightx2v.mm.fused.trim_memory", lambda: alive.append(sum(ref() is not None for ref in single)))
+    fuse_projections(model)
+    assert alive == [3, 3, 0, 0]  # self-attention and cross-attention of two blocks
