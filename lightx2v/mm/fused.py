@@ -47,23 +47,27 @@ class FusedPart(nn.Module):
 
 def fuse_projections(model: nn.Module) -> int:
     """Put together the layers that modules of `model` name in `fused`, where they agree. Returns how many groups."""
-    count = 0
     # A list of all modules would hold the single layers, and with them their weights, until the end.
     owners = [(module, groups) for module in model.modules() if (groups := getattr(module, "fused", ()))]
+    count = 0
     for module, groups in owners:
         for names in groups:
-            layers = [child for name in names if (child := getattr(module, name, None)) is not None]
-            whole = _together(layers) if len(layers) == len(names) else None
-            if whole is None:
-                continue
-            count += 1
-            start = 0
-            for name, layer in zip(names, layers, strict=True):
-                setattr(module, name, FusedPart(whole, start, layer.out_features, owner=not start))
-                start += layer.out_features
-            del layers, layer
-            trim_memory()  # each group leaves holes that the next is too large for
+            if _fuse(module, names):
+                count += 1
+                trim_memory()  # what a group leaves behind is too small for the next
     return count
+
+
+def _fuse(module: nn.Module, names: Sequence[str]) -> bool:
+    layers = [child for name in names if (child := getattr(module, name, None)) is not None]
+    whole = _together(layers) if len(layers) == len(names) else None
+    if whole is None:
+        return False
+    start = 0
+    for name, layer in zip(names, layers, strict=True):
+        setattr(module, name, FusedPart(whole, start, layer.out_features, owner=not start))
+        start += layer.out_features
+    return True
 
 
 def _together(layers: Sequence[Any]) -> nn.Module | None:
