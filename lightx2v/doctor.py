@@ -34,7 +34,8 @@ def examine() -> dict[str, Any]:
         "python": python_platform.python_version(),
         "devices": [{"torch_name": device.torch_name, **asdict(device)} for device in devices],
         "packages": {"torch": torch} | {name: _package(name) for name in PACKAGES[1:]},
-        "kernels": {name: _library(name, needs.get(name)) for name in KERNELS} | {"onednn": _onednn(torch)},
+        "kernels": {name: _library(name, needs.get(name)) for name in KERNELS}
+        | {"onednn": _onednn(torch), "cpu kernels": _cpu_kernels(torch)},
         "attention": {"torch_sdpa": torch} | {name: _library(name) for name in ATTENTION},
     }
 
@@ -87,6 +88,19 @@ def _onednn(torch_entry: dict[str, str | None]) -> dict[str, str | None]:
 
     version = re.search(r"MKL-DNN\)? v(\S+)", torch.__config__.show())
     return _entry("torch", version[1] if version else None, None if version else "this torch is built without it")
+
+
+def _cpu_kernels(torch_entry: dict[str, str | None]) -> dict[str, str | None]:
+    """The kernels of `lightx2v.native`, compiled now if they are not yet."""
+    if torch_entry["version"] is None:
+        return torch_entry
+    from lightx2v.native.build import kernels
+
+    found = kernels()
+    products = [name for name, works in (("int8", found.int8), ("bfloat16", found.bfloat16)) if works]
+    version = f"compiled for this CPU, with products of {' and '.join(products) or 'no type'}"
+    remedy = "install g++ or clang++" if found.reason else None
+    return {"version": None if found.reason else version, "reason": found.reason, "install": remedy, "needs": None}
 
 
 def render(report: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from loguru import logger
 
 from lightx2v.config.schema import MMRule
 from lightx2v.errors import ConfigError
+from lightx2v.mm.base import NOT_COMPUTED
 from lightx2v.mm.libraries import LIBRARIES, servers, unavailable
 from lightx2v.mm.measured import ranking
 from lightx2v.mm.scheme import LIBRARY_TOKENS, Scheme
@@ -59,7 +60,8 @@ def choose(scheme: Scheme, n: int, k: int, device: DeviceInfo, fallback: bool, l
         chosen = order[0]
         how = LIBRARIES[chosen].describe(scheme.with_library(chosen), device)
         if wanted == "auto":
-            better = [f"{library}: {reason}" for library, reason in takewhile(lambda each: each[1], verdicts.items())]
+            passed = takewhile(lambda each: each[1], verdicts.items())
+            better = [f"{library}: {reason}" for library, reason in passed if reason != NOT_COMPUTED]
             return chosen, "; ".join([f"auto: {how}", *_second(order, seconds), *better])
         _warn_once(f"{scheme.name}: computed by {chosen} instead of {wanted}, which cannot ({problem})")
         return chosen, f"fallback from {wanted} ({problem}): {how}"

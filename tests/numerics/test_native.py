@@ -200,3 +200,11 @@ def test_the_cache_is_used_and_depends_on_the_sources(tmp_path: Path, monkeypatc
     monkeypatch.setattr(build, "SOURCES", copy)
     assert first == second != build._built() and len(compiled) == 2
     assert "invalid" in str(build._find().reason) or build._find().library is None
+
+
+def test_doctor_says_why_there_are_no_kernels(no_compiler: None) -> None:
+    from lightx2v.doctor import examine, render
+
+    entry = examine()["kernels"]["cpu kernels"]
+    assert (entry["version"], entry["reason"]) == (None, NONE.reason) and "install g++" in entry["install"]
+    assert "no C++ compiler" in render(examine())

@@ -247,7 +247,7 @@ def test_doctor_reports_every_library(capsys: pytest.CaptureFixture[str]) -> Non
     report = json.loads(capsys.readouterr().out)
     assert report["devices"][-1]["torch_name"] == "cpu"
     assert report["packages"]["torch"]["version"] == torch.__version__
-    assert set(report["kernels"]) == {*doctor.KERNELS, "onednn"}
+    assert set(report["kernels"]) == {*doctor.KERNELS, "onednn", "cpu kernels"}
     assert set(report["attention"]) == {*doctor.ATTENTION, "torch_sdpa"}
     for entry in [*report["packages"].values(), *report["kernels"].values(), *report["attention"].values()]:
         assert bool(entry["version"]) != bool(entry["reason"])
