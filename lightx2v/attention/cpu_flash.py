@@ -25,8 +25,7 @@ def available(device: DeviceInfo) -> str | None:
         return "computes on CPUs"
     from lightx2v.native.build import kernels
 
-    found = kernels()
-    return found.reason or (None if found.bfloat16 else "this CPU, or this torch, lacks oneDNN's block product")
+    return kernels().lacks("bfloat16")
 
 
 BACKEND = Backend(cpu_flash, available, dtypes=frozenset({"bfloat16"}))

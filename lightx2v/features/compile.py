@@ -8,12 +8,6 @@ import torch
 
 from lightx2v.models.base import DiT
 from lightx2v.native.build import kernels
-from lightx2v.platform import DeviceInfo, compiler_for
-
-
-def unavailable(device: DeviceInfo) -> str | None:
-    """Why torch.compile cannot make code for `device`; None when it can."""
-    return compiler_for(device)
 
 
 def compile_blocks(model: DiT) -> None:

@@ -76,9 +76,7 @@ class OneDnnLibrary(TorchQuantize):
 
     def _without_kernel(self, scheme: Scheme) -> str | None:
         """Why the compiled kernels cannot compute `scheme`, None when they can."""
-        found = kernels()
-        works = found.int8 if scheme.weight == INT8_CHANNEL else found.bfloat16
-        return found.reason or (None if works else "this CPU, or this torch, lacks oneDNN's block product")
+        return kernels().lacks("int8" if scheme.weight == INT8_CHANNEL else "bfloat16")
 
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         if missing := self._without_kernel(scheme):

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from loguru import logger
@@ -39,6 +40,11 @@ class Kernels:
     reason: str | None
     int8: bool = False
     bfloat16: bool = False
+
+    def lacks(self, product: Literal["int8", "bfloat16"]) -> str | None:
+        """Why the kernels that multiply in `product` cannot run here; None when they can."""
+        works = self.int8 if product == "int8" else self.bfloat16
+        return self.reason or (None if works else "this CPU, or this torch, lacks oneDNN's block product")
 
 
 _known: Kernels | None = None

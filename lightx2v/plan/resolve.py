@@ -18,7 +18,6 @@ from lightx2v.attention.base import AttentionFn, select_attention
 from lightx2v.config.schema import Config, EncoderConfig
 from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import CheckpointError, ConfigError
-from lightx2v.features.compile import unavailable as cannot_compile
 from lightx2v.io.media import check_result_path, read_image
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
@@ -28,7 +27,7 @@ from lightx2v.plan.layers import FLOAT_DTYPES, ComponentPlan, plan_component
 from lightx2v.plan.memory import MemoryEstimate, check_fits, estimate
 from lightx2v.plan.render import render
 from lightx2v.plan.request import Request, build_request
-from lightx2v.platform import DeviceInfo
+from lightx2v.platform import DeviceInfo, compiler_for
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 CLIP_TOKENS = 257
@@ -289,7 +288,7 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     components["t5"] = _plan_encoder("t5", config.t5, config, files, files.require("text_encoder"), device)
     if config.task == "i2v":
         components["clip"] = _plan_encoder("clip", config.clip, config, files, files.require("image_encoder"), device)
-    if config.compile and (missing := cannot_compile(device)):
+    if config.compile and (missing := compiler_for(device)):
         raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
     attention, name, reason = select_attention(
         config.attention.type, device, fallback=config.attention.fallback, dtype=config.dtype
