@@ -15,18 +15,17 @@ from torch import Tensor, nn
 
 from lightx2v import platform
 from lightx2v.attention.base import AttentionFn
-from lightx2v.encoders.clip_vision import load_clip
-from lightx2v.encoders.umt5 import load_text_encoder
+from lightx2v.families.base import Source
 from lightx2v.features.compile import compile_blocks
 from lightx2v.io.comfy import stream_marks
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
 from lightx2v.mm.select import LayerPlan
+from lightx2v.models.base import set_attention
 from lightx2v.models.spec import FamilySpec
 from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
-from lightx2v.vae.wan import load_vae
 
 
 def load_dit(plan: Plan) -> nn.Module:
@@ -82,7 +81,7 @@ def assemble_dit(
 
     stream_into(module, tensors, device=device, dtype_of=dtype_of, where=where)
     fuse_projections(module)
-    dit.set_attention(attention)
+    set_attention(dit, attention)
     if compiled:
         compile_blocks(dit)
     return module.eval()
@@ -96,25 +95,19 @@ class Components:
         self._loaded: dict[str, Any] = {}
 
     def _load(self, name: str) -> Any:
-        plan, files = self.plan, self.plan.files
-        device, dtype = torch.device(plan.device.torch_name), getattr(torch, plan.config.dtype)
+        plan = self.plan
         if name == "dit":
             return load_dit(plan)
-        if name == "vae":
-            return load_vae(files.require("vae"), device=device)
-        part = plan.components[name]
-        if name == "t5":
-            return load_text_encoder(
-                part.checkpoint, files.require("tokenizer"), device=device, dtype=dtype, quant_plans=part.quantized()
-            )
-        return load_clip(
-            part.checkpoint,
-            files.image_processor,
-            device=device,
-            dtype=dtype,
-            quant_plans=part.quantized(),
-            num_heads=files.clip_num_heads,
+        part = next(part for part in plan.family.surroundings.parts if part.name == name)
+        planned = plan.components.get(name)
+        source = Source(
+            plan.files.require(part.file) if planned is None else planned.checkpoint,
+            plan.files,
+            torch.device(plan.device.torch_name),
+            getattr(torch, plan.config.dtype),
+            {} if planned is None else planned.quantized(),
         )
+        return part.load(source)
 
     @contextmanager
     def use(self, name: str, timer: StageTimer) -> Iterator[Any]:

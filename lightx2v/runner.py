@@ -10,23 +10,23 @@ from pathlib import Path
 import numpy as np
 import torch
 from loguru import logger
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 import lightx2v
 from lightx2v.components import Components
 from lightx2v.config.schema import Config
-from lightx2v.errors import ConfigError, LightX2VError
-from lightx2v.io.media import read_image, write_result
+from lightx2v.errors import LightX2VError
+from lightx2v.families.base import Family, Session
+from lightx2v.features.base import RunInfo, StackFeature
+from lightx2v.io.media import write_result
 from lightx2v.models.base import Branch, Conditions, run_blocks
 from lightx2v.plan import Plan, resolve
-from lightx2v.plan.request import Request
 from lightx2v.platform import select_device
+from lightx2v.request import Request
 from lightx2v.sampling.loop import Progress, denoise, guided, unguided
 from lightx2v.sampling.schedule import Solver, initial_noise
 from lightx2v.timing import StageTimer
-from lightx2v.vae.wan import image_condition
 
 DEFAULT_RESULT = "./output_lightx2v.mp4"
 
@@ -36,56 +36,36 @@ class Runner:
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.family: Family = plan.family.surroundings
         self.components = Components(plan)
         self.device = torch.device(plan.device.torch_name)
         self.timer = StageTimer(plan.device)
 
     @torch.inference_mode()
     def run(
-        self, request: Request, callback: Callable[[Progress], None] | None = None, quiet: bool = False
+        self,
+        request: Request,
+        callback: Callable[[Progress], None] | None = None,
+        quiet: bool = False,
+        feature: StackFeature | None = None,
     ) -> np.ndarray:
-        """Frames of `request`, uint8 [T, H, W, 3]. `timer` holds the seconds of each stage afterwards."""
+        """Frames of `request`, uint8 [T, H, W, 3]. `timer` holds the seconds of each stage afterwards.
+
+        `feature` takes the place of the cache that the plan names.
+        """
         self._check(request)
         self.timer = StageTimer(self.plan.device)
-        conditions = self._encode(request)
-        latents = self._denoise(request, conditions, callback, quiet)
-        with self.components.use("vae", self.timer) as vae, self.timer.stage("decode"):
-            video: Tensor = vae.decode(latents)
-        return to_frames(video)
+        config, dtype = self.plan.config, getattr(torch, self.plan.config.dtype)
+        session = Session(self.components, self.timer, config, self.plan.files, self.device, dtype)
+        conditions = self.family.encode(session, request)
+        latents = self._denoise(request, conditions, callback, quiet, feature)
+        return to_frames(self.family.decode(session, latents))
 
     def _check(self, request: Request) -> None:
         self.plan.family.check_size(request.height, request.width, request.frames)
-        if request.task == "i2v" and not request.image_path:
-            raise ConfigError(
-                "image_path", "is missing: image-to-video starts from a picture", do="give --image_path FILE"
-            )
-        if request.task == "t2v" and request.image_path:
-            logger.warning("image_path is ignored by task t2v")
+        self.family.check(request)
         if not request.prompt.strip():
             logger.warning("the prompt is empty: the model shows whatever it likes")
-
-    def _encode(self, request: Request) -> dict[Branch, Conditions]:
-        image = latent = None
-        if request.task == "i2v":
-            image, latent = self._encode_image(request)
-        text_len = self.plan.config.text_len or self.plan.files.arch.text_len
-        prompts: dict[Branch, str] = {"cond": request.prompt}
-        if request.cfg:
-            prompts["uncond"] = request.negative_prompt
-        with self.components.use("t5", self.timer) as encoder, self.timer.stage("encode text"):
-            return {
-                branch: Conditions(text=encoder.encode([prompt], text_len)[0], image=image, latent=latent)
-                for branch, prompt in prompts.items()
-            }
-
-    def _encode_image(self, request: Request) -> tuple[Tensor, Tensor]:
-        assert request.image_path is not None
-        picture = read_image(request.image_path)
-        with self.components.use("clip", self.timer) as encoder, self.timer.stage("encode image (CLIP)"):
-            tokens: Tensor = encoder.encode([picture])
-        tensor = first_frame(picture, request.height, request.width).to(self.device)
-        with self.components.use("vae", self.timer) as vae, self.timer.stage("encode image (VAE)"):
-            return tokens, image_condition(vae, tensor, request.frames)
 
     def _denoise(
         self,
@@ -93,6 +73,7 @@ class Runner:
         conditions: dict[Branch, Conditions],
         callback: Callable[[Progress], None] | None,
         quiet: bool,
+        feature: StackFeature | None,
     ) -> Tensor:
         shape = (1, *self.plan.family.latent_shape(request.height, request.width, request.frames))
         solver = Solver(request.solver, request.steps, request.shift, self.device)  # type: ignore[arg-type]
@@ -105,11 +86,13 @@ class Runner:
         ):
             prepared = {branch: dit.prepare(made) for branch, made in conditions.items()}
             times = dit.embed_time(solver.timesteps)
+            run = RunInfo(solver.steps, tuple(prepared), solver.sigmas, times, len(dit.blocks))
+            stack = run_blocks if feature is None else feature.begin(run, run_blocks)
 
             def predict(noisy: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
                 time, made = times.at(step), prepared[branch]
                 stream, context = dit.embed(noisy.to(dtype), time, made, step=step, branch=branch)
-                velocity: Tensor = dit.head(run_blocks(dit, stream, context), context)
+                velocity: Tensor = dit.head(stack(dit, stream, context), context)
                 return velocity
 
             def advance(progress: Progress) -> None:
@@ -117,7 +100,8 @@ class Runner:
                 if callback is not None:
                     callback(progress)
 
-            velocity = guided(predict, request.guidance) if request.cfg else unguided(predict)
+            forward = predict if feature is None else feature.around(run, predict)
+            velocity = guided(forward, request.cfg_scale) if request.cfg else unguided(forward)
             result = denoise(latents, solver, velocity, advance)
         if not bool(torch.isfinite(result).all()):
             raise LightX2VError(
@@ -137,13 +121,6 @@ class Runner:
             "lightx2v": lightx2v.__version__,
             "versions": json.dumps({name: version(name) for name in ("torch", "diffusers", "transformers")}),
         }
-
-
-def first_frame(picture: Image.Image, height: int, width: int) -> Tensor:
-    """The middle of `picture` in the video's aspect ratio, resized: [3, height, width] float32 in [-1, 1]."""
-    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
-    return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 def to_frames(video: Tensor) -> np.ndarray:

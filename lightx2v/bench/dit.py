@@ -78,6 +78,7 @@ def check_memory(needs: Mapping[str, int], arch: WanArch, tokens: int, device: D
     """
     found = estimate(
         needs,
+        dict.fromkeys(needs, "dit"),
         tokens=tokens,
         dim=arch.dim,
         ffn_dim=arch.ffn_dim,

@@ -39,35 +39,76 @@ RENAMED: dict[str, str] = {
     "image_encoder_quant_scheme": "clip.quant_scheme",
     "image_encoder_quantized_ckpt": "clip.quantized_ckpt",
     "self_attn_1_type": "attention.type",
-    "cross_attn_1_type": "attention.type",
-    "cross_attn_2_type": "attention.type",
+    "cross_attn_1_type": "attention.cross",
+    "cross_attn_2_type": "attention.cross_image",
     "attention_type": "attention.type",
     "attn_type": "attention.type",
     "attn_mode": "attention.type",
     "use_compile": "compile",
     "save_video_path": "save_result_path",
+    "feature_caching": "cache.type",
+    "coefficients": "cache.coefficients",
+    "teacache_thresh": "cache.threshold",
+    "use_ret_steps": "cache.use_ret_steps",
+    "magcache_thresh": "cache.threshold",
+    "magcache_K": "cache.max_skip",
+    "magcache_retention_ratio": "cache.retention",
+    "magcache_ratios": "cache.ratios",
+    "residual_diff_threshold": "cache.threshold",
+    "cpu_offload": "offload.enabled",
+    "offload_granularity": "offload.granularity",
+    "offload_ratio": "offload.ratio",
+    "lazy_load": "offload.lazy_load",
+    "num_disk_workers": "offload.workers",
+    "max_memory": "offload.max_memory_gb",
+    "t5_cpu_offload": "offload.text_encoder",
+    "text_encoder_offload": "offload.text_encoder",
+    "clip_cpu_offload": "offload.image_encoder",
+    "image_encoder_offload": "offload.image_encoder",
+    "vae_cpu_offload": "offload.vae",
+    "vae_offload": "offload.vae",
+    "use_tiling_vae": "vae.tiling",
+    "tiny_vae": "vae.tae",
+    "use_tiny_vae": "vae.tae",
+    "use_tae": "vae.tae",
+    "tiny_vae_path": "vae.tae_path",
+    "tae_path": "vae.tae_path",
+    "lora_configs": "lora",
+    "lora_dynamic_apply": "lora_dynamic",
+    "denoising_step_list": "sampling.denoising_step_list",
+    "changing_resolution": "sampling.changing_resolution",
+    "resolution_rate": "sampling.resolution_rate",
+    "changing_resolution_steps": "sampling.changing_resolution_steps",
 }
 """Old key to new key. One new key may have several old ones, which then must agree."""
 
-VALUES: dict[str, dict[bool, str]] = {
+VALUES: dict[str, dict[Any, Any]] = {
     "use_bfloat16": {True: "bfloat16", False: "float32"},
     "dit_quantized": {False: "Default"},
+    "feature_caching": {
+        "NoCaching": "none",
+        "Tea": "teacache",
+        "Mag": "magcache",
+        "TaylorSeer": "taylorseer",
+        "Ada": "adacache",
+        "Custom": "custom",
+        "FirstBlock": "fbcache",
+        "DualBlock": "dbcache",
+    },
+    "lora_configs": {None: []},
 }
 """Old keys whose values changed too."""
 
 _FEATURES: dict[str, str] = {
-    "offloading": "cpu_offload t5_cpu_offload clip_cpu_offload vae_cpu_offload qwen3_cpu_offload lazy_load t5_lazy_load"
-    " text_encoder_offload image_encoder_offload vae_offload offload_to_disk",
-    "feature caching": "feature_caching enable_reuse",
-    "LoRA": "lora_configs lora_path lora_dynamic_apply",
+    "offloading this": "qwen3_cpu_offload t5_lazy_load offload_to_disk",
+    "reusing the results of another request": "enable_reuse",
+    "LoRA by these keys ('lora' has them as a list)": "lora_path",
     "running on several devices": "parallel parallel_attn_type parallel_vae load_from_rank0 disagg_mode disagg_config",
     "calibration": "do_mm_calib quant_method dummy_model",
     "sparse attention": "sparge sparge_attn_setting sol_attn_setting nbhd_attn_setting dynamic_sparse_attn_setting"
     " general_sparse_attn_setting spas_sage_attn2_setting spas_sage_attn3_setting rainfusion window_size",
-    "another VAE": "tiny_vae use_tiny_vae use_tae use_lightvae use_tiling_vae use_stream_vae async_vae_decode"
-    " trt_vae_config vae_path vae_dtype",
-    "changing the resolution while sampling": "changing_resolution",
-    "distilled models": "denoising_step_list enable_dynamic_cfg",
+    "another VAE": "use_lightvae use_stream_vae async_vae_decode trt_vae_config vae_path vae_dtype",
+    "models with an embedded guidance of this kind": "enable_dynamic_cfg",
     "prompt enhancement": "use_prompt_enhancer sub_servers",
     "another compiler": "use_magi_compile",
     "audio": "audio_path",
@@ -88,7 +129,6 @@ UNSUPPORTED: dict[str, str] = {key: feature for feature, keys in _FEATURES.items
 
 _OFF: tuple[Any, ...] = (None, False, "", [], {})
 _NEUTRAL: dict[str, Any] = {
-    "feature_caching": "NoCaching",
     "window_size": [-1, -1],
     "vae_stride": [4, 8, 8],
     "patch_size": [1, 2, 2],
@@ -96,13 +136,11 @@ _NEUTRAL: dict[str, Any] = {
 }
 
 WITHOUT_EFFECT: frozenset[str] = frozenset(
-    "offload_granularity offload_ratio t5_offload_granularity offload_path num_disk_workers max_memory max_area"
-    " empty_cache_min_free_gib empty_cache_min_reclaimable_gib rotary_chunk rotary_chunk_size rope_chunk"
-    " rope_chunk_size rope_type rms_norm_type layer_norm_type modulate_type warmup coefficients teacache_thresh"
-    " use_ret_steps magcache_calibration magcache_K magcache_thresh magcache_retention_ratio magcache_ratios"
-    " residual_diff_threshold downsample_factor resolution_rate changing_resolution_steps cfg_scale tiny_vae_path"
-    " tae_path need_scaled lightvae_pruning_rate sparge_ckpt tp_mm_type tp_rms_norm_type weight_scale_granularity"
-    " mxfp8_fuse_enable nvfp4_ffn_split_n_workaround audio_sr video_duration use_image_encoder".split()
+    "offload_path t5_offload_granularity max_area empty_cache_min_free_gib empty_cache_min_reclaimable_gib"
+    " rotary_chunk rotary_chunk_size rope_chunk rope_chunk_size rope_type rms_norm_type layer_norm_type modulate_type"
+    " warmup magcache_calibration downsample_factor cfg_scale need_scaled lightvae_pruning_rate sparge_ckpt tp_mm_type"
+    " tp_rms_norm_type weight_scale_granularity mxfp8_fuse_enable nvfp4_ffn_split_n_workaround audio_sr video_duration"
+    " use_image_encoder".split()
 )
 """Keys that only tune such a feature, or how fast something runs: accepted, and a warning names them."""
 

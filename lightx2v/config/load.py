@@ -63,7 +63,7 @@ def _add(merged: _Merged, raw: Mapping[str, Any], where: str) -> None:
         new = RENAMED.get(key, key)
         if new not in SETTINGS:
             raise _unknown_key(key, where)
-        meant = VALUES[key].get(value, value) if key in VALUES and isinstance(value, bool) else value
+        meant = _meant(key, value)
         if new in given and merged.values[new] != meant:
             first, before = given[new]
             what = f"{first} is {show(before)}, but {key} is {show(value)}; both set {new}"
@@ -74,6 +74,13 @@ def _add(merged: _Merged, raw: Mapping[str, Any], where: str) -> None:
         merged.values[new], merged.origin[new] = meant, (where, key)
     if raw.get("dit_quantized") is True and "mm_config.mm_type" not in given:
         raise ConfigError(where, "dit_quantized is true, but no scheme is named", do="set 'mm_config.mm_type' instead")
+
+
+def _meant(key: str, value: Any) -> Any:
+    """The value of an old `key` as the new one takes it."""
+    known = VALUES.get(key, {})
+    same = (new for old, new in known.items() if type(old) is type(value) and old == value)
+    return next(same, value)
 
 
 def _flatten(raw: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:

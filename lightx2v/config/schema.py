@@ -7,18 +7,11 @@ import json
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-PositiveInt = Annotated[int, Field(gt=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Path = Annotated[str, Field(min_length=1)]
-
-
-class Section(BaseModel):
-    """Base of every group of settings: frozen, strict types, no unknown keys, no NaN."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from lightx2v.config.features import AttentionConfig, CacheConfig, LoraConfig, OffloadConfig, VaeConfig
+from lightx2v.config.section import Fraction, Numbers, Path, PositiveFloat, PositiveInt, Section
 
 
 class VideoConfig(Section):
@@ -41,8 +34,28 @@ class SamplingConfig(Section):
         default=None, description="Scale of classifier-free guidance."
     )
     cfg: bool | None = Field(default=None, description="Whether to run classifier-free guidance (two passes per step).")
-    solver: Literal["unipc", "euler"] | None = Field(
+    solver: Literal["unipc", "euler", "dpm++"] | None = Field(
         default=None, description="Solver of the flow's differential equation."
+    )
+    true_guidance: Annotated[float, Field(ge=1)] | None = Field(
+        default=None,
+        description="Scale of classifier-free guidance for models that take `guidance` as an input; 1 is none.",
+    )
+    cfg_schedule: Annotated[str, Field(min_length=1)] | None = Field(
+        default=None, description="Steps that run classifier-free guidance, as a slice such as ':20'; null means all."
+    )
+    denoising_step_list: Annotated[tuple[PositiveInt, ...], Field(strict=False, min_length=1)] | None = Field(
+        default=None, description="Timesteps of a step-distilled model, from noise to data, such as [1000, 750, 500]."
+    )
+    strength: Fraction | None = Field(
+        default=None, description="How far an input image is noised, for i2i; 1 forgets it."
+    )
+    changing_resolution: bool = Field(default=False, description="Denoise the first steps at a lower resolution.")
+    resolution_rate: PositiveFloat | Numbers | None = Field(
+        default=None, description="Sizes of those steps over the full one."
+    )
+    changing_resolution_steps: PositiveInt | Annotated[tuple[PositiveInt, ...], Field(strict=False)] | None = Field(
+        default=None, description="Steps at which the resolution changes."
     )
 
 
@@ -82,21 +95,14 @@ class EncoderConfig(Section):
         return self
 
 
-class AttentionConfig(Section):
-    """The backend of every attention call."""
-
-    type: str = Field(
-        default="auto", description="Attention backend, by name; 'auto' takes the best that the device has."
-    )
-    fallback: bool = Field(default=False, description="Permit another backend if the named one is missing.")
-
-
 class Config(Section):
     """All settings of one run."""
 
     schema_: str | None = Field(default=None, alias="$schema", description="For editors: where this schema is.")
     model_cls: str = Field(default="wan2.1", description="Model family.")
-    task: Literal["t2v", "i2v"] = Field(default="t2v", description="t2v: text to video; i2v: image and text to video.")
+    task: Literal["t2v", "i2v", "t2i", "i2i"] = Field(
+        default="t2v", description="What is made of what: t text, i image, v video."
+    )
     model_path: Path | None = Field(
         default=None, description="Directory of the checkpoint; null runs the embedded tiny-wan."
     )
@@ -108,7 +114,7 @@ class Config(Section):
     )
     prompt: str = Field(default="", description="What to show.")
     negative_prompt: str = Field(default="", description="What to keep away from, with classifier-free guidance.")
-    image_path: str | None = Field(default=None, description="First frame, for i2v.")
+    image_path: str | None = Field(default=None, description="First frame for i2v, or the image to change for i2i.")
     seed: int = Field(default=42, ge=0, lt=2**63, description="Seed of the initial noise.")
     save_result_path: Path | None = Field(
         default=None, description="Where the result goes: .mp4, .gif, .webp, .png, or a folder that ends in '/'."
@@ -122,8 +128,20 @@ class Config(Section):
     )
     t5: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the text encoder.")
     clip: EncoderConfig = Field(default=EncoderConfig(), description="Quantization of the image encoder.")
+    vae: VaeConfig = Field(default=VaeConfig(), description="Decoding of latents to pixels.")
     attention: AttentionConfig = Field(default=AttentionConfig(), description="The attention kernel.")
+    cache: CacheConfig = Field(default=CacheConfig(), description="Reuse of what an earlier step made.")
+    offload: OffloadConfig = Field(default=OffloadConfig(), description="Weights kept off the device.")
+    lora: Annotated[tuple[LoraConfig, ...], Field(strict=False)] = Field(
+        default=(), description="LoRAs to apply, together."
+    )
+    lora_dynamic: bool | None = Field(
+        default=None,
+        description="Compute LoRAs beside the weights (true) or merge them into the weights (false); null: merge where"
+        " the weights are unquantized.",
+    )
     compile: bool = Field(default=False, description="Compile the blocks of the DiT with torch.compile.")
+    graphs: bool = Field(default=False, description="Record the DiT as a graph of the device, and replay it.")
     unload_modules: bool = Field(
         default=False, description="Load each component just before its use and free it right after."
     )

@@ -60,6 +60,15 @@ class FamilySpec:
     layout: str
     keymap: str
     """Module with `to_original` and `is_unused`."""
+    family: str
+    """The `families.base.Family`: what surrounds the DiT."""
+    embedded_guidance: bool = False
+    """Whether the DiT takes the guidance scale as an input; classifier-free guidance is then off by default."""
+
+    @property
+    def surroundings(self) -> Any:
+        """The `families.base.Family`, imported on use."""
+        return _attribute(self.family)
 
     def build_dit(self, arch: Any) -> nn.Module:
         """The DiT of `arch`, on torch's current default device."""

@@ -25,6 +25,7 @@ class MemoryEstimate:
 
 def estimate(
     weights: Mapping[str, int],
+    kinds: Mapping[str, str],
     *,
     tokens: int,
     dim: int,
@@ -39,6 +40,7 @@ def estimate(
 ) -> MemoryEstimate:
     """Peak bytes of the stages text, image, denoise and decode.
 
+    `kinds` says what each part with weights is: "dit", "text_encoder", "image_encoder" or "vae".
     `tokens` is the length of the DiT's sequence, `remembered` what is kept from step to step, `ffn_rows` the rows that
     a feed-forward takes at a time (None: all), `frame_pixels` = height * width, `vae_dim` the VAE's base channels. The
     DiT holds, besides its weights, about eight [L, D] tensors in the compute dtype, three in float32 and two
@@ -47,14 +49,16 @@ def estimate(
     wide = min(tokens, ffn_rows or tokens) * ffn_dim * 2 * dtype_bytes
     denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + wide + remembered
     decode = 6 * 4 * frame_pixels * vae_dim * 4 + frames * frame_pixels * 3 * 4 * 2
-    work = {"text": 0, "image": decode if "clip" in weights else 0, "denoise": denoise, "decode": decode}
-    needs = {"text": ("t5",), "image": ("clip", "vae"), "denoise": ("dit",), "decode": ("vae",)}
+    there = set(kinds.values())
+    work = {"text": 0, "image": decode, "denoise": denoise, "decode": decode}
+    needs = {"text": ("text_encoder",), "image": ("image_encoder", "vae"), "denoise": ("dit",), "decode": ("vae",)}
     everything = sum(weights.values())
     return MemoryEstimate(
         {
-            stage: work[stage] + (sum(weights.get(n, 0) for n in needs[stage]) if unload else everything)
+            stage: work[stage]
+            + (sum(size for name, size in weights.items() if kinds[name] in needs[stage]) if unload else everything)
             for stage in needs
-            if stage != "image" or "clip" in weights
+            if stage != "image" or "image_encoder" in there
         }
     )
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from lightx2v.attention.base import AttentionFn, select_attention
 from lightx2v.config.schema import Config, EncoderConfig
-from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import CheckpointError, ConfigError
+from lightx2v.families.base import Part
 from lightx2v.io.media import check_result_path, read_image
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
@@ -26,12 +26,10 @@ from lightx2v.models.spec import FAMILIES, FamilySpec
 from lightx2v.plan.layers import FLOAT_DTYPES, ComponentPlan, plan_component
 from lightx2v.plan.memory import MemoryEstimate, check_fits, estimate
 from lightx2v.plan.render import render
-from lightx2v.plan.request import Request, build_request
 from lightx2v.platform import DeviceInfo, compiler_for
+from lightx2v.request import Request, build_request
 
 DTYPE_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
-CLIP_TOKENS = 257
-"""Tokens of the image encoder: 16 x 16 patches and one for the whole."""
 EMBEDDED = Path(__file__).parents[1] / "assets" / "tiny-wan"
 
 
@@ -46,7 +44,7 @@ class Plan:
     """Where the parts of the checkpoint are, as the family's `detect` found them."""
     request: Request
     components: Mapping[str, ComponentPlan]
-    """`dit`, `t5` and, for image-to-video, `clip`."""
+    """`dit`, and the encoders by the names of the family's parts."""
     attention: AttentionFn
     attention_name: str
     attention_reason: str
@@ -167,11 +165,12 @@ def _plan_dit(config: Config, family: FamilySpec, files: Any, device: DeviceInfo
     )
 
 
-def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: Path) -> tuple[Path, str]:
-    """Checkpoint and mm_type of an encoder. Without a path, LightX2V's two conventional places are looked at.
+def _quantized_encoder(part: Part, encoder: EncoderConfig, files: Any, original: Path) -> tuple[Path, str]:
+    """Checkpoint and mm_type of an encoder. Without a path, LightX2V's conventional places are looked at.
 
     "auto" looks there for int8 and fp8, and takes the one that is there.
     """
+    name = part.config
     if not encoder.quantized:
         if encoder.quantized_ckpt is not None:
             raise ConfigError(
@@ -187,9 +186,7 @@ def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: 
         return Path(encoder.quantized_ckpt), scheme
     spec = None if scheme == "auto" else parse(scheme).weight
     kinds = ("int8", "fp8") if scheme == "auto" else (spec.dtype if spec else scheme,)
-    july = {"t5": "models_t5_umt5-xxl-enc", "clip": "clip"}[name]
-    head = {"t5": "models_t5_umt5-xxl-enc", "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14"}[name]
-    places = {kind: [files.root / kind / f"{july}-{kind}.pth", files.root / f"{head}-{kind}.pth"] for kind in kinds}
+    places = {kind: [files.root / place.format(kind=kind) for place in part.converted] for kind in kinds}
     found = [there[0] for of_kind in places.values() if (there := [place for place in of_kind if place.exists()])]
     if len(found) == 1:
         return found[0], scheme
@@ -199,24 +196,24 @@ def _quantized_encoder(name: str, encoder: EncoderConfig, files: Any, original: 
             "is not set, and several files could be meant: " + ", ".join(map(str, found)),
             do=f"set it, or name the scheme as {name}.quant_scheme",
         )
+    looked = ", ".join(str(place) for of_kind in places.values() for place in of_kind)
     raise ConfigError(
         f"{name}.quantized_ckpt",
-        "is not set, and no converted file lies in its usual places: "
-        + ", ".join(str(place) for of_kind in places.values() for place in of_kind),
-        do=f"convert one: lightx2v convert --quantized --model_type wan_{name} ...",
+        "is not set" + (f", and no converted file lies in its usual places: {looked}" if looked else ""),
+        do=f"convert one: lightx2v convert --quantized --model_type {part.model_type} ...",
     )
 
 
-def _plan_encoder(
-    name: str, encoder: EncoderConfig, config: Config, files: Any, original: Path, device: DeviceInfo
-) -> ComponentPlan:
-    path, mm_type = _quantized_encoder(name, encoder, files, original)
+def _plan_encoder(part: Part, config: Config, files: Any, device: DeviceInfo) -> ComponentPlan:
+    assert part.shapes is not None
+    encoder: EncoderConfig = getattr(config, part.config) if part.config else EncoderConfig()
+    path, mm_type = _quantized_encoder(part, encoder, files, files.require(part.file))
     checkpoint = Checkpoint.open(path)
-    shapes = {"t5": umt5.linear_shapes, "clip": clip_vision.linear_shapes}[name](checkpoint)
+    shapes = part.shapes(checkpoint)
     # Quantized encoders come in the original layout; diffusers' own files are checked by name as they load.
     original_names = all(f"{layer}.weight" in checkpoint.tensors for layer in shapes)
     return plan_component(
-        name,
+        part.name,
         checkpoint,
         path,
         shapes,
@@ -231,42 +228,45 @@ def _plan_encoder(
     )
 
 
-def _remembered(config: Config, arch: Any, request: Request) -> int:
-    """Bytes of the keys and values of the conditions, which are kept for all steps."""
-    tokens = arch.text_len + (CLIP_TOKENS if request.task == "i2v" else 0)
-    branches = 2 if request.cfg else 1
-    return int(branches * arch.num_layers * tokens * arch.dim * 2 * DTYPE_BYTES[config.dtype])
-
-
 def _memory(
     config: Config,
     files: Any,
     request: Request,
     family: FamilySpec,
-    parts: Mapping[str, ComponentPlan],
+    components: Mapping[str, ComponentPlan],
     device: DeviceInfo,
 ) -> MemoryEstimate:
     _, t, h, w = family.latent_shape(request.height, request.width, request.frames)
-    patch = family.patch_size
-    vae = Checkpoint.open(files.require("vae"))
-    first = next(
-        (i for n, i in vae.tensors.items() if n.endswith(("encoder.conv1.weight", "encoder.conv_in.weight"))), None
-    )
-    weights = {name: part.weight_bytes for name, part in parts.items()}
-    weights["vae"] = sum(math.prod(info.shape) * 4 for info in vae.tensors.values() if info.dtype in FLOAT_DTYPES)
+    weights = {name: planned.weight_bytes for name, planned in components.items()}
+    kinds: dict[str, str] = {"dit": "dit"}
+    vae_dim = 0
+    for part in _parts(family, request.task):
+        kinds[part.name] = part.kind
+        if part.kind == "vae":
+            vae = Checkpoint.open(files.require(part.file))
+            weights[part.name] = sum(math.prod(i.shape) * 4 for i in vae.tensors.values() if i.dtype in FLOAT_DTYPES)
+            first = ("encoder.conv1.weight", "encoder.conv_in.weight")
+            vae_dim = next((i.shape[0] for name, i in vae.tensors.items() if name.endswith(first)), 96)
+    element = DTYPE_BYTES[config.dtype]
     return estimate(
         weights,
-        tokens=t * h * w // math.prod(patch),
+        kinds,
+        tokens=t * h * w // math.prod(family.patch_size),
         dim=files.arch.dim,
         ffn_dim=files.arch.ffn_dim,
-        remembered=_remembered(config, files.arch, request),
+        remembered=family.surroundings.kept(files.arch, request) * (2 if request.cfg else 1) * element,
         ffn_rows=CPU_ROWS if device.kind == "cpu" else None,
-        dtype_bytes=DTYPE_BYTES[config.dtype],
+        dtype_bytes=element,
         frames=request.frames,
         frame_pixels=request.height * request.width,
-        vae_dim=first.shape[0] if first is not None else 96,
+        vae_dim=vae_dim,
         unload=config.unload_modules,
     )
+
+
+def _parts(family: FamilySpec, task: str) -> list[Part]:
+    """The models beside the DiT that `task` needs."""
+    return [part for part in family.surroundings.parts if part.tasks is None or task in part.tasks]
 
 
 def resolve(config: Config, device: DeviceInfo) -> Plan:
@@ -277,17 +277,17 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     if config.save_result_path is not None:
         check_result_path(config.save_result_path)
     files = family.detect(config.model_path if config.model_path is not None else EMBEDDED, config.task)
-    request = build_request(config, family.load_defaults(files, config.task))
+    request = build_request(config, family.load_defaults(files, config.task), family.embedded_guidance)
     family.check_size(request.height, request.width, request.frames)
     limit = files.arch.text_len
     if config.text_len is not None and config.text_len > limit:
         raise ConfigError("text_len", f"{config.text_len} is more than this model reads", allowed=f"at most {limit}")
-    if config.task == "i2v" and request.image_path is not None:
+    if config.task.startswith("i") and request.image_path is not None:
         read_image(request.image_path)
     components = {"dit": _plan_dit(config, family, files, device)}
-    components["t5"] = _plan_encoder("t5", config.t5, config, files, files.require("text_encoder"), device)
-    if config.task == "i2v":
-        components["clip"] = _plan_encoder("clip", config.clip, config, files, files.require("image_encoder"), device)
+    for part in _parts(family, config.task):
+        if part.shapes is not None:
+            components[part.name] = _plan_encoder(part, config, files, device)
     if config.compile and (missing := compiler_for(device)):
         raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
     attention, name, reason = select_attention(

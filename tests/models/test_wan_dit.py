@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightx2v.attention.sdpa import torch_sdpa
 from lightx2v.elementwise import rotate
 from lightx2v.errors import ConfigError
-from lightx2v.models.base import Conditions, run_blocks
+from lightx2v.models.base import Conditions, run_blocks, set_attention
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import WanDiT, rope_table
 from lightx2v.models.wan.layout import detect
@@ -96,9 +96,9 @@ def test_every_attention_goes_through_the_injected_function(dit: WanDiT) -> None
 
     inputs = tiny.random_inputs(dit.arch, *SHAPES[0])
     plain = dit(*inputs)
-    dit.set_attention(counting)
+    set_attention(dit, counting)
     assert torch.equal(dit(*inputs), plain)
-    dit.set_attention(torch_sdpa)
+    set_attention(dit, torch_sdpa)
     assert lengths == [18, 512, *([7] if dit.arch.model_type == "i2v" else [])] * 2
 
 
@@ -131,7 +131,7 @@ def test_only_linears_and_attention_leave_float32(dit: WanDiT) -> None:
         return torch_sdpa(q, k, v, mask=mask, scale=scale)
 
     half = tiny.cast_dit(tiny.tiny_dit(dit.arch.model_type), torch.bfloat16)
-    half.set_attention(noting)
+    set_attention(half, noting)
     latents, timestep, conditions = tiny.random_inputs(dit.arch, *SHAPES[0])
     stream, context = half.embed(latents, half.embed_time(timestep), half.prepare(conditions))
     assert (stream.x.dtype, context.time.blocks.dtype) == (torch.float32, torch.float32)

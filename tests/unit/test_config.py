@@ -11,6 +11,7 @@ import pytest
 from loguru import logger
 from pydantic import ValidationError
 
+from lightx2v.config.features import LoraConfig
 from lightx2v.config.legacy import RENAMED, UNSUPPORTED, VALUES, WITHOUT_EFFECT
 from lightx2v.config.load import load_config
 from lightx2v.config.schema import SECTIONS, SETTINGS, Config, MMRule, config_hash, schema_text
@@ -115,7 +116,7 @@ def test_set_repeated_takes_the_last_and_needs_an_equals_sign() -> None:
         ({"steps": 4}, "did you mean 'sampling.steps'?"),
         ({"sampling": {"step": 4}}, "'sampling.step' - did you mean 'sampling.steps'?"),
         ({"mm_config": {"mmtype": "int8"}}, "did you mean 'mm_config.mm_type'?"),
-        ({"cpu_ofload": False}, "did you mean 'cpu_offload'?"),
+        ({"cpu_ofload": False}, "did you mean 'offload.enabled'?"),
     ],
 )
 def test_misspelt_key_is_an_error_with_a_suggestion(write: WriteJson, content: dict[str, Any], hint: str) -> None:
@@ -139,7 +140,7 @@ def test_misspelt_key_in_a_rule() -> None:
         ({"sampling": {"steps": "four"}}, 'sampling.steps is "four"\n  allowed: a valid integer'),
         ({"infer_steps": 1.5}, "infer_steps (sampling.steps) is 1.5\n  allowed: a valid integer"),
         ({"video": {"height": 0}}, "video.height is 0\n  allowed: greater than 0"),
-        ({"task": "t2i"}, "task is \"t2i\"\n  allowed: 't2v' or 'i2v'"),
+        ({"task": "t2x"}, "task is \"t2x\"\n  allowed: 't2v', 'i2v', 't2i' or 'i2i'"),
         ({"sampling": {"cfg": 1}}, "sampling.cfg is 1\n  allowed: a valid boolean"),
         ({"sampling": {"guidance": True}}, "sampling.guidance is true\n  allowed: a valid number"),
         ({"seed": -1}, "seed is -1\n  allowed: greater than or equal to 0"),
@@ -238,21 +239,49 @@ def test_published_quantization_example_works(write: WriteJson, warnings: list[s
     assert "infer_steps -> sampling.steps" in warnings[0] and "mm_config" not in warnings[0]
 
 
+LISTS: dict[str, tuple[object, object]] = {
+    "lora": ([{"path": "x", "strength": 0.5}], (LoraConfig(path="x", strength=0.5),)),
+    "cache.coefficients": ([[1.0, 2.0], [3.0]], ((1.0, 2.0), (3.0,))),
+    "cache.ratios": ([1.0, 0.9], (1.0, 0.9)),
+    "sampling.denoising_step_list": ([1000, 500], (1000, 500)),
+    "sampling.resolution_rate": (0.75, 0.75),
+    "offload.granularity": ("phase", "phase"),
+    "offload.ratio": (0.5, 0.5),
+    "cache.retention": (0.2, 0.2),
+}
+SWITCHES = {"sampling.changing_resolution", "sampling.cfg", "compile", "lora_dynamic", "mm_config.weight_auto_quant"}
+
+
+def _example(old: str, new: str) -> tuple[object, object]:
+    """A value of an old key, and what the new one makes of it."""
+    if old in VALUES:
+        return list(VALUES[old].items())[-1] if old != "lora_configs" else LISTS["lora"]
+    if new in LISTS:
+        return LISTS[new]
+    section, _, key = new.partition(".")
+    switch = section in ("offload", "vae") and key not in ("workers", "max_memory_gb", "tae_path")
+    if key == "quantized":
+        return False, False  # true wants a scheme beside it
+    if switch or new in SWITCHES or key == "use_ret_steps":
+        return True, True
+    return ("x", "x") if SETTINGS[new] else (2, 2)
+
+
 @pytest.mark.parametrize(("old", "new"), sorted(RENAMED.items()))
 def test_every_old_name_sets_the_new_one_with_a_warning(old: str, new: str, warnings: list[str]) -> None:
-    switches = ("cfg", "quantized", "weight_auto_quant", "bfloat16", "compile")
-    value: object = False if old.endswith(switches) else "x" if SETTINGS[new] else 2
+    value, meant = _example(old, new)
     found: Any = load_config(None, {old: value})
     for part in new.split("."):
         found = getattr(found, part)
-    assert found == (VALUES[old][False] if old in VALUES else value)
+    assert found == meant
     assert warnings == [f"old names of settings: {old} -> {new}"]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        {"self_attn_1_type": "flash_attn2", "cross_attn_1_type": "torch_sdpa"},
+        {"self_attn_1_type": "flash_attn2", "attn_type": "torch_sdpa"},
+        {"teacache_thresh": 0.2, "magcache_thresh": 0.1},
         {"infer_steps": 4, "sampling": {"steps": 5}},
         {"dit_quant_scheme": "int8", "mm_config": {"mm_type": "fp8"}},
         {"dit_quantized": False, "dit_quant_scheme": "int8"},
@@ -275,12 +304,9 @@ def test_dit_quantized() -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("cpu_offload", True),
-        ("feature_caching", "Tea"),
-        ("lora_configs", [{"path": "x", "strength": 1.0}]),
+        ("t5_lazy_load", True),
         ("parallel", {"seq_p_size": 4}),
-        ("changing_resolution", True),
-        ("denoising_step_list", [1000, 750, 500, 250]),
+        ("use_lightvae", True),
         ("vae_stride", [4, 16, 16]),
     ],
 )
@@ -291,7 +317,7 @@ def test_feature_that_is_not_there_is_refused(key: str, value: object) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("cpu_offload", False), ("feature_caching", "NoCaching"), ("lora_configs", []), ("window_size", [-1, -1])],
+    [("t5_lazy_load", False), ("parallel", {}), ("window_size", [-1, -1])],
 )
 def test_feature_left_off_is_accepted_silently(key: str, value: object, warnings: list[str]) -> None:
     assert load_config(None, {key: value}) == Config()
@@ -300,8 +326,8 @@ def test_feature_left_off_is_accepted_silently(key: str, value: object, warnings
 
 def test_keys_that_only_tune_a_missing_feature_are_warned_about(warnings: list[str]) -> None:
     key = "clean_" + "cu" + "da_cache"
-    assert load_config(None, {"offload_granularity": "block", "teacache_thresh": 0.26, key: True}) == Config()
-    assert warnings == [f"settings without effect in this version: offload_granularity, teacache_thresh, {key}"]
+    assert load_config(None, {"rope_type": "torch", "cfg_scale": 4.0, key: True}) == Config()
+    assert warnings == [f"settings without effect in this version: rope_type, cfg_scale, {key}"]
 
 
 def test_tables_do_not_overlap() -> None:

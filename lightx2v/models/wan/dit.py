@@ -11,6 +11,8 @@ the dtype of `text_embedding`.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,16 @@ from lightx2v.attention.sdpa import torch_sdpa
 from lightx2v.elementwise import Rope, add_gated, layer_norm, modulated_norm, norm_rope
 from lightx2v.errors import ConfigError
 from lightx2v.mm.together import feed_forward, project
-from lightx2v.models.base import Branch, Conditions, Prepared, StepContext, Stream, TimeEmbedding, run_blocks
+from lightx2v.models.base import (
+    AttentionPart,
+    Branch,
+    Conditions,
+    Prepared,
+    StepContext,
+    Stream,
+    TimeEmbedding,
+    run_blocks,
+)
 from lightx2v.models.wan.arch import WanArch
 
 KeysValues = tuple[Tensor, Tensor]
@@ -109,6 +120,7 @@ class CrossAttention(SelfAttention):
             self.k_img = nn.Linear(arch.dim, arch.dim)
             self.v_img = nn.Linear(arch.dim, arch.dim)
             self.norm_k_img = nn.RMSNorm(arch.dim, arch.eps) if arch.qk_norm else None
+            self.image_attention: AttentionFn = torch_sdpa
 
     def keys_values(self, text: Tensor, image: Tensor | None) -> tuple[KeysValues, ...]:
         """Keys and values [B, T, H, Dh] of the text tokens and, where there are any, of the image tokens."""
@@ -123,12 +135,30 @@ class CrossAttention(SelfAttention):
         q = self.normed(self.q(x), self.norm_q)
         out = self.attention(q, *keys_values[0])
         for k, v in keys_values[1:]:
-            out = out + self.attention(q, k, v)
+            out = out + self.image_attention(q, k, v)
         return self.o(out.flatten(2))
+
+
+class FeedForward(nn.Sequential):
+    """Two linears with a GELU (tanh) between them."""
+
+    def __init__(self, arch: WanArch) -> None:
+        super().__init__(
+            nn.Linear(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(arch.ffn_dim, arch.dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return feed_forward(x, self[0], self[2])
 
 
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the time embedding."""
+
+    recallable: ClassVar[dict[str, tuple[str, ...]]] = {
+        "self": ("self_attn",),
+        "cross": ("cross_attn",),
+        "mlp": ("ffn",),
+    }
 
     def __init__(self, arch: WanArch, index: int) -> None:
         super().__init__()
@@ -136,9 +166,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(arch)
         self.norm3 = LayerNorm(arch.dim, arch.eps) if arch.cross_attn_norm else None
         self.cross_attn = CrossAttention(arch)
-        self.ffn = nn.Sequential(
-            nn.Linear(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(arch.ffn_dim, arch.dim)
-        )
+        self.ffn = FeedForward(arch)
         self.modulation = nn.Parameter(torch.randn(1, 6, arch.dim) / arch.dim**0.5)
 
     def forward(self, stream: Stream, context: StepContext) -> Stream:
@@ -157,8 +185,7 @@ class Block(nn.Module):
         x = add_gated(x, y, gate1)
         y = x.to(dtype) if self.norm3 is None else self.norm3(x, dtype)
         x = add_gated(x, self.cross_attn(y, keys_values))
-        up, _, down = self.ffn
-        y = feed_forward(modulated_norm(x, shift2, scale2, self.eps, dtype), up, down)
+        y = self.ffn(modulated_norm(x, shift2, scale2, self.eps, dtype))
         return add_gated(x, y, gate2)
 
 
@@ -211,7 +238,8 @@ class WanDiT(nn.Module):
         "img_emb.proj.4.*",
         "head.*",
     )
-    """Globs of the parameters to keep in float32 whatever the compute dtype."""
+    once = ("text_embedding", "time_embedding", "time_projection", "img_emb")
+    time_signal = True
 
     def __init__(self, arch: WanArch) -> None:
         super().__init__()
@@ -230,11 +258,14 @@ class WanDiT(nn.Module):
         self.head = Head(arch)
         self._rope: dict[tuple[tuple[int, int, int], torch.device], Rope] = {}
 
-    def set_attention(self, fn: AttentionFn) -> None:
-        """Use `fn` for every attention of the model."""
-        for module in self.modules():
-            if isinstance(module, SelfAttention):
-                module.attention = fn
+    def attention_parts(self) -> Iterator[AttentionPart]:
+        """Every attention of the model."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            yield AttentionPart(block.index, "self", block.self_attn)
+            yield AttentionPart(block.index, "cross", block.cross_attn)
+            if self.arch.model_type == "i2v":
+                yield AttentionPart(block.index, "image", block.cross_attn, "image_attention")
 
     def embed_time(self, timesteps: Tensor) -> TimeEmbedding:
         """Timesteps [S] in 0..1000 to what the head [S, D] and the blocks [S, 6, D] add to their modulation."""
@@ -255,6 +286,10 @@ class WanDiT(nn.Module):
         tokens, grid = self._patches(latents)
         rope = self._rope_for(grid, latents.device)
         return Stream(tokens.float()), StepContext(time, rope, prepared, grid, step, branch)
+
+    def signal(self, stream: Stream, context: StepContext) -> Tensor:
+        """The time embedding as the blocks read it."""
+        return context.time.blocks
 
     def forward(self, latents: Tensor, timestep: Tensor, conditions: Conditions) -> Tensor:
         """One evaluation at timestep [B]: [B, C, t, h, w] -> [B, out_dim, t, h, w] float32."""

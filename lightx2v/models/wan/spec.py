@@ -21,4 +21,5 @@ WAN = FamilySpec(
     dit="lightx2v.models.wan.dit:WanDiT",
     layout="lightx2v.models.wan.layout:detect",
     keymap="lightx2v.models.wan.keymap",
+    family="lightx2v.families.wan:WAN",
 )

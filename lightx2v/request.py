@@ -24,21 +24,31 @@ class Request:
     steps: int
     shift: float
     guidance: float
+    """The scale that the user turns: of classifier-free guidance, or the model's input where it takes one."""
+    true_guidance: float
+    """Scale of classifier-free guidance for models that take `guidance` as an input."""
+    embedded_guidance: bool
+    """Whether the model takes `guidance` as an input."""
     cfg_enabled: bool
     solver: str
 
     @property
+    def cfg_scale(self) -> float:
+        """Scale of classifier-free guidance."""
+        return self.true_guidance if self.embedded_guidance else self.guidance
+
+    @property
     def cfg(self) -> bool:
-        """Whether the unconditional branch runs; with a guidance of 1 it would have no weight."""
-        return self.cfg_enabled and self.guidance != 1.0
+        """Whether the unconditional branch runs; with a scale of 1 it would have no weight."""
+        return self.cfg_enabled and self.cfg_scale != 1.0
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "cfg": self.cfg}
 
 
-def build_request(config: Config, defaults: dict[str, Any]) -> Request:
+def build_request(config: Config, defaults: dict[str, Any], embedded_guidance: bool = False) -> Request:
     """Fill what `config` leaves open from `defaults`, which has all of the keys below."""
-    chosen = {
+    chosen: dict[str, Any] = {
         "height": config.video.height,
         "width": config.video.width,
         "frames": config.video.frames,
@@ -48,13 +58,15 @@ def build_request(config: Config, defaults: dict[str, Any]) -> Request:
         "guidance": config.sampling.guidance,
         "solver": config.sampling.solver,
     }
-    filled: dict[str, Any] = {key: defaults[key] if value is None else value for key, value in chosen.items()}
+    filled = {key: defaults[key] if value is None else value for key, value in chosen.items()}
     return Request(
         task=config.task,
         prompt=config.prompt,
         negative_prompt=config.negative_prompt,
         image_path=config.image_path,
         seed=config.seed,
+        true_guidance=config.sampling.true_guidance or 1.0,
+        embedded_guidance=embedded_guidance,
         cfg_enabled=config.sampling.cfg is None or config.sampling.cfg,
         **filled,
     )
