@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from lightx2v import platform
 from lightx2v.attention.base import AttentionFn
-from lightx2v.families.base import Source
+from lightx2v.families.base import PartSource
 from lightx2v.features.compile import compile_blocks
-from lightx2v.io.comfy import stream_marks
+from lightx2v.features.once import OnceParts
+from lightx2v.io.source import CheckpointSource
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
@@ -28,30 +29,33 @@ from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
 
 
-def load_dit(plan: Plan) -> nn.Module:
+@dataclass(frozen=True)
+class LoadedDiT:
+    """A DiT with its weights, and what a request needs around its loop."""
+
+    model: nn.Module
+    once: OnceParts
+
+
+def load_dit(plan: Plan) -> LoadedDiT:
     """The DiT of a plan with the weights of its checkpoint."""
-    part = plan.components["dit"]
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        checkpoint = Checkpoint.open(part.checkpoint)
-        names = [name for name in checkpoint.tensors if not plan.family.is_unused(name)]
-        blocks = part.read_raw()
-        raw = {name for name in names if plan.family.original_name(name) in blocks}
-        for name, tensor in chain(checkpoint.stream(names, raw), stream_marks(checkpoint)):
-            yield plan.family.original_name(name), tensor
-
-    return assemble_dit(
-        plan.family,
+    part, family = plan.components["dit"], plan.family
+    device, where = torch.device(plan.device.torch_name), str(part.checkpoint)
+    checkpoint = Checkpoint.open(part.checkpoint)
+    source = CheckpointSource(checkpoint, family.original_name, family.is_unused, part.read_raw())
+    model = assemble_dit(
+        family,
         plan.files.arch,
         part.by_name(),
-        tensors(),
-        device=torch.device(plan.device.torch_name),
+        source.read(),
+        device=device,
         dtype=getattr(torch, plan.config.dtype),
         auto_quant=part.auto_quant,
         attention=plan.attention,
         compiled=plan.config.compile,
-        where=str(part.checkpoint),
+        where=where,
     )
+    return LoadedDiT(model, OnceParts(model, source, device, where))
 
 
 def assemble_dit(
@@ -100,7 +104,7 @@ class Components:
             return load_dit(plan)
         part = next(part for part in plan.family.surroundings.parts if part.name == name)
         planned = plan.components.get(name)
-        source = Source(
+        source = PartSource(
             plan.files.require(part.file) if planned is None else planned.checkpoint,
             plan.files,
             torch.device(plan.device.torch_name),

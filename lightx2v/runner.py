@@ -80,12 +80,14 @@ class Runner:
         latents = initial_noise(shape, request.seed, self.device)
         dtype = getattr(torch, self.plan.config.dtype)
         with (
-            self.components.use("dit", self.timer) as dit,
+            self.components.use("dit", self.timer) as loaded,
             self.timer.stage("denoise"),
             tqdm(total=request.steps, desc="denoise", unit="step", disable=quiet) as bar,
         ):
-            prepared = {branch: dit.prepare(made) for branch, made in conditions.items()}
-            times = dit.embed_time(solver.timesteps)
+            dit = loaded.model
+            with loaded.once.present():
+                prepared = {branch: dit.prepare(made) for branch, made in conditions.items()}
+                times = dit.embed_time(solver.timesteps)
             run = RunInfo(solver.steps, tuple(prepared), solver.sigmas, times, len(dit.blocks))
             stack = run_blocks if feature is None else feature.begin(run, run_blocks)
 

@@ -52,8 +52,8 @@ def engine(name: str, config: Config) -> Candidate:
             return Staged(stage_seconds(pipe.timer), torch.from_numpy(frames))
 
         part = pipe.plan.components["dit"]
-        with pipe.runner.components.use("dit", StageTimer(pipe.plan.device)) as dit:
-            held = held_bytes(dit)
+        with pipe.runner.components.use("dit", StageTimer(pipe.plan.device)) as loaded:
+            held = held_bytes(loaded.model)
         facts = {
             "mm_type": config.mm_config.mm_type,
             "library": ", ".join(sorted({layer.library for layer in part.layers})),

@@ -22,7 +22,7 @@ Kind = Literal["text_encoder", "image_encoder", "vae"]
 
 
 @dataclass(frozen=True)
-class Source:
+class PartSource:
     """From what a part is loaded, and onto what."""
 
     path: Path
@@ -41,7 +41,7 @@ class Part:
     kind: Kind
     file: str
     """Its name in `files.require`."""
-    load: Callable[[Source], Any]
+    load: Callable[[PartSource], Any]
     shapes: Callable[[Checkpoint], Mapping[str, tuple[int, int]]] | None = None
     """(N, K) of the linears that can be quantized, by name; None: never quantized, and computed in float32."""
     config: Literal["t5", "clip"] | None = None

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import ConfigError
-from lightx2v.families.base import Part, Session, Source
+from lightx2v.families.base import Part, PartSource, Session
 from lightx2v.io.media import read_image
 from lightx2v.models.base import Branch, Conditions
 from lightx2v.request import Request
@@ -22,7 +22,7 @@ CLIP_TOKENS = 257
 """Tokens of the image encoder: 16 x 16 patches and one for the whole."""
 
 
-def _load_t5(source: Source) -> Any:
+def _load_t5(source: PartSource) -> Any:
     return umt5.load_text_encoder(
         source.path,
         source.files.require("tokenizer"),
@@ -32,7 +32,7 @@ def _load_t5(source: Source) -> Any:
     )
 
 
-def _load_clip(source: Source) -> Any:
+def _load_clip(source: PartSource) -> Any:
     return clip_vision.load_clip(
         source.path,
         source.files.image_processor,

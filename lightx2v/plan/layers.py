@@ -35,6 +35,13 @@ class ComponentPlan:
     auto_quant: bool
     weight_bytes: int
     unused_rules: tuple[MMRule, ...] = ()
+    once_bytes: int = 0
+    """Of the weights that are read once per request, before its loop, and given up for it."""
+
+    @property
+    def loop_bytes(self) -> int:
+        """Bytes of the weights in the denoising loop."""
+        return self.weight_bytes - self.once_bytes
 
     def by_name(self) -> dict[str, LayerPlan]:
         """The plans by layer name, as `swap_linears` takes them."""
@@ -170,10 +177,11 @@ def plan_component(
     device: DeviceInfo,
     dtype_bytes: int,
     check: bool = True,
+    once: Sequence[str] = (),
 ) -> ComponentPlan:
     """Plan every linear in `shapes` (name -> (N, K)) and refuse a checkpoint that does not fit, from its header alone.
 
-    `rename` turns the names in the file into the model's.
+    `rename` turns the names in the file into the model's; `once` are those that the loop does without.
     """
     marks = {name: TensorInfo(name, "U8", (size,), path, size) for name, size in comfy_marks(checkpoint).items()}
     tensors = {rename(name) if rename else name: info for name, info in (dict(checkpoint.tensors) | marks).items()}
@@ -201,7 +209,8 @@ def plan_component(
         layer_name, _, leaf = tensor_name.rpartition(".")
         if layer_name not in quantized or leaf == "bias":
             total += math.prod(info.shape) * dtype_bytes
-    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused))
+    given_up = sum(math.prod(tensors[name].shape) * dtype_bytes for name in once if name in tensors)
+    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused), given_up)
 
 
 def _layer_bytes(layer: LayerPlan, leaves: Mapping[str, TensorInfo], device: DeviceInfo) -> int:

@@ -35,23 +35,31 @@ def estimate(
     frame_pixels: int,
     vae_dim: int,
     unload: bool,
+    once: int = 0,
     remembered: int = 0,
     ffn_rows: int | None = None,
 ) -> MemoryEstimate:
-    """Peak bytes of the stages text, image, denoise and decode.
+    """Peak bytes of the stages text, image, prepare, denoise and decode.
 
-    `kinds` says what each part with weights is: "dit", "text_encoder", "image_encoder" or "vae".
-    `tokens` is the length of the DiT's sequence, `remembered` what is kept from step to step, `ffn_rows` the rows that
-    a feed-forward takes at a time (None: all), `frame_pixels` = height * width, `vae_dim` the VAE's base channels. The
-    DiT holds, besides its weights, about eight [L, D] tensors in the compute dtype, three in float32 and two
-    [L, ffn]; the VAE about six feature maps of four frames at full size in float32, and the frames twice.
+    `kinds` says what each part with weights is: "dit", "text_encoder", "image_encoder" or "vae". `once` are the bytes
+    that the DiT gives up for the loop, `tokens` is the length of its sequence, `remembered` what is kept from step to
+    step, `ffn_rows` the rows that a feed-forward takes at a time (None: all), `frame_pixels` = height * width,
+    `vae_dim` the VAE's base channels. The DiT holds, besides its weights, about eight [L, D] tensors in the compute
+    dtype, three in float32 and two [L, ffn]; the VAE about six feature maps of four frames at full size in float32,
+    and the frames twice.
     """
     wide = min(tokens, ffn_rows or tokens) * ffn_dim * 2 * dtype_bytes
     denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + wide + remembered
     decode = 6 * 4 * frame_pixels * vae_dim * 4 + frames * frame_pixels * 3 * 4 * 2
     there = set(kinds.values())
-    work = {"text": 0, "image": decode, "denoise": denoise, "decode": decode}
-    needs = {"text": ("text_encoder",), "image": ("image_encoder", "vae"), "denoise": ("dit",), "decode": ("vae",)}
+    work = {"text": 0, "image": decode, "prepare": once, "denoise": denoise, "decode": decode}
+    needs = {
+        "text": ("text_encoder",),
+        "image": ("image_encoder", "vae"),
+        "prepare": ("dit",),
+        "denoise": ("dit",),
+        "decode": ("vae",),
+    }
     everything = sum(weights.values())
     return MemoryEstimate(
         {

@@ -18,6 +18,7 @@ from lightx2v.attention.base import AttentionFn, select_attention
 from lightx2v.config.schema import Config, EncoderConfig
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.families.base import Part
+from lightx2v.features.once import once_names
 from lightx2v.io.media import check_result_path, read_image
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
@@ -63,7 +64,8 @@ class Plan:
             "components": {
                 name: {
                     "checkpoint": str(part.checkpoint),
-                    "weight_bytes": part.weight_bytes,
+                    "weight_bytes": part.loop_bytes,
+                    "read_once_bytes": part.once_bytes,
                     "quantized_at_load": part.auto_quant,
                     "layers": [
                         {
@@ -162,6 +164,7 @@ def _plan_dit(config: Config, family: FamilySpec, files: Any, device: DeviceInfo
         fallback=mm.fallback,
         device=device,
         dtype_bytes=DTYPE_BYTES[config.dtype],
+        once=once_names(module),
     )
 
 
@@ -237,7 +240,7 @@ def _memory(
     device: DeviceInfo,
 ) -> MemoryEstimate:
     _, t, h, w = family.latent_shape(request.height, request.width, request.frames)
-    weights = {name: planned.weight_bytes for name, planned in components.items()}
+    weights = {name: planned.loop_bytes for name, planned in components.items()}
     kinds: dict[str, str] = {"dit": "dit"}
     vae_dim = 0
     for part in _parts(family, request.task):
@@ -251,6 +254,7 @@ def _memory(
     return estimate(
         weights,
         kinds,
+        once=sum(planned.once_bytes for planned in components.values()),
         tokens=t * h * w // math.prod(family.patch_size),
         dim=files.arch.dim,
         ffn_dim=files.arch.ffn_dim,

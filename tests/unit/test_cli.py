@@ -144,7 +144,7 @@ def test_plan_is_printed_and_nothing_runs(
         (["--versoin"], "unknown argument '--versoin'"),
         (["generate", "--use_prompt_enhancer"], "--use_prompt_enhancer: not supported by this version"),
         (["generate", "--set", "seeed=1"], "unknown key 'seeed' - did you mean 'seed'?"),
-        (["generate", "--task", "t2i"], "arguments: task is \"t2i\"\n  allowed: 't2v' or 'i2v'"),
+        (["generate", "--task", "t2x"], "arguments: task is \"t2x\"\n  allowed: 't2v', 'i2v', 't2i' or 'i2i'"),
         (["generate", "--model_path", ""], 'model_path is ""'),
         (["explain", "--config_json", "absent.json"], "absent.json: cannot be read: No such file"),
         (["explain", "--device", "tpu"], "there is no 'tpu' here\n  allowed: auto"),
