@@ -8,15 +8,17 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from lightx2v.platform import DeviceInfo, install_hint, list_devices, probe
 
 PACKAGES = ("torch", "transformers", "diffusers")
 KERNELS = ("vllm", "sgl_kernel", "q8_kernels", "deep_gemm", "torchao", "triton")
-ATTENTION = ("flash_attn", "flash_attn_interface", "sageattention", "xformers")
-_TITLES = {"q8_kernels": "q8_kernels (Q8F)", "flash_attn_interface": "flash_attn_interface (FA3)"}
+_TITLES = {"q8_kernels": "q8_kernels (Q8F)"}
 _IMPORT_SECONDS = 120
+_NO_DEVICE = "no device here can run it"
+_COMPILER = "install a C++ compiler for CPUs, triton for GPUs"
 
 
 def examine() -> dict[str, Any]:
@@ -36,7 +38,7 @@ def examine() -> dict[str, Any]:
         "packages": {"torch": torch} | {name: _package(name) for name in PACKAGES[1:]},
         "kernels": {name: _library(name, needs.get(name)) for name in KERNELS}
         | {"onednn": _onednn(torch), "cpu kernels": _cpu_kernels(torch)},
-        "attention": {"torch_sdpa": torch} | {name: _library(name) for name in ATTENTION},
+        "attention": _attention(torch, devices),
     }
 
 
@@ -48,6 +50,41 @@ def _hardware(devices: Sequence[DeviceInfo]) -> dict[str, str]:
     vendors = [library for library in map(LIBRARIES.__getitem__, LIBRARIES) if isinstance(library, VendorLibrary)]
     lacking = {vendor.module: [vendor.hardware(device) for device in devices] for vendor in vendors}
     return {module: reasons[0] for module, reasons in lacking.items() if all(reasons) and reasons[0]}
+
+
+def _attention(torch_entry: dict[str, str | None], devices: Sequence[DeviceInfo]) -> dict[str, dict[str, str | None]]:
+    """Every attention backend: the version of the package that it calls, or of torch, or why none works here."""
+    if torch_entry["version"] is None:
+        return {"torch_sdpa": torch_entry}
+    from lightx2v.attention.base import ATTENTION
+
+    library = lru_cache(maxsize=None)(_library)  # several backends share a package, whose import takes seconds
+    entries = {}
+    for name in ATTENTION:
+        backend = ATTENTION[name]
+        lacking = [backend.needs(device) for device in devices]
+        needs = lacking[0] if all(lacking) else None
+        if backend.function is not None:
+            module = backend.function.module
+            entries[name] = library(module, needs)
+            if entries[name]["version"] is None:
+                continue
+            # Only now, for this imports it here: it may be too old, or lack the function.
+            reasons = [backend.available(device) for device in devices]
+            if all(reasons):
+                entries[name] = _entry(module, None, reasons[0])
+        else:
+            reasons = [_NO_DEVICE if needs else backend.missing(device) for device in devices]
+            reason = reasons[0] if all(reasons) else None
+            version = f"downloads {backend.repository}" if backend.repository else torch_entry["version"]
+            remedy = install_hint("kernels") if backend.repository else _COMPILER
+            entries[name] = {
+                "version": None if reason else version,
+                "reason": reason,
+                "install": remedy if reason and not needs else None,
+                "needs": needs,
+            }
+    return entries
 
 
 def _entry(
@@ -68,7 +105,7 @@ def _library(module: str, needs: str | None = None) -> dict[str, str | None]:
     if found.version is None:
         return _entry(module, None, found.reason, needs)
     if needs:  # its import says nothing then: many fail where there is no device for them
-        return _entry(module, None, f"{found.version} is installed, but no device here can run it", needs, True)
+        return _entry(module, None, f"{found.version} is installed, but {_NO_DEVICE}", needs, True)
     command = [sys.executable, "-c", f"import {module}"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=_IMPORT_SECONDS)
@@ -110,11 +147,11 @@ def render(report: dict[str, Any]) -> str:
         capability = ".".join(map(str, device["capability"] or ()))
         title = device["name"] + (f", compute capability {capability}" if capability else "")
         free, total = device["free_memory"] / 2**30, device["total_memory"] / 2**30
-        lines.append(f"  {device['torch_name']:<26} {title}, {free:.1f} of {total:.1f} GiB free")
+        lines.append(f"  {device['torch_name']:<28} {title}, {free:.1f} of {total:.1f} GiB free")
     for group, heading in (("packages", "packages"), ("kernels", "kernel libraries"), ("attention", "attention")):
         lines += ["", heading]
         for name, entry in report[group].items():
             needs = entry["needs"] and f"needs {entry['needs']}"
             there = "; ".join(filter(None, (entry["version"], entry["reason"], needs, entry["install"])))
-            lines.append(f"  {_TITLES.get(name, name):<26} {there}")
+            lines.append(f"  {_TITLES.get(name, name):<28} {there}")
     return "\n".join(lines)

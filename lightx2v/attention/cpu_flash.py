@@ -6,26 +6,29 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from lightx2v.attention.base import Backend, refuse_mask
+from lightx2v.attention.base import Backend
+from lightx2v.attention.kernel import maskless
 
 if TYPE_CHECKING:
     from lightx2v.platform import DeviceInfo
 
 
-def cpu_flash(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+@maskless("cpu_flash")
+def cpu_flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q [B, L, H, Dh], k and v [B, S, H, Dh] -> [B, L, H, Dh]."""
     from lightx2v.native import ops
 
-    refuse_mask("cpu_flash", mask)
-    return ops.attention(q, k, v, q.shape[-1] ** -0.5 if scale is None else scale)
+    return ops.attention(q, k, v, scale)
 
 
-def available(device: DeviceInfo) -> str | None:
-    if device.kind != "cpu":
-        return "computes on CPUs"
+def needs(device: DeviceInfo) -> str | None:
+    return None if device.kind == "cpu" else "a CPU"
+
+
+def missing(device: DeviceInfo) -> str | None:
     from lightx2v.native.build import kernels
 
     return kernels().lacks("bfloat16")
 
 
-BACKEND = Backend(cpu_flash, available, dtypes=frozenset({"bfloat16"}))
+BACKEND = Backend(cpu_flash, needs, missing=missing, dtypes=frozenset({"bfloat16"}))

@@ -4,26 +4,19 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightx2v.attention.base import Backend, refuse_mask
-from lightx2v.platform import DeviceInfo, install_hint, probe
+from lightx2v.attention.base import HALVES, Backend
+from lightx2v.attention.hardware import NEWEST, nvidia
+from lightx2v.attention.kernel import maskless
+from lightx2v.vendor import Function
+
+FUNCTION = Function(("flash_attn:flash_attn_func",), ("q", "k", "v"), ("softmax_scale", "causal"))
+HEAD_DIMS = range(8, 257, 8)
 
 
-def flash_attn2(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """q [B, L, H, Dh], k and v [B, S, H, Dh], float16 or bfloat16 -> [B, L, H, Dh]."""
-    from flash_attn import flash_attn_func
-
-    refuse_mask("flash_attn2", mask)
-    out: Tensor = flash_attn_func(q, k, v, softmax_scale=scale)
+@maskless("flash_attn2")
+def flash_attn2(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    out: Tensor = FUNCTION.find().value(q, k, v, softmax_scale=scale, causal=False)
     return out
 
 
-def available(device: DeviceInfo) -> str | None:
-    if device.capability is None and device.kind != "rocm":
-        return f"needs an NVIDIA or AMD GPU, the device is {device.torch_name}"
-    if device.capability is not None and device.capability < (8, 0):
-        return f"needs compute capability 8.0 or more, {device.name} has {device.capability[0]}.{device.capability[1]}"
-    reason = probe("flash_attn").reason
-    return reason and f"{reason} ({install_hint('flash_attn')})"
-
-
-BACKEND = Backend(flash_attn2, available, frozenset({"bfloat16", "float16"}))
+BACKEND = Backend(flash_attn2, nvidia(((8, 0), NEWEST), amd=True), FUNCTION, (2, 0), dtypes=HALVES, head_dims=HEAD_DIMS)

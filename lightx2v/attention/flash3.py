@@ -1,28 +1,42 @@
-"""`flash_attn3`: FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, module `flash_attn_interface`."""
+"""`flash_attn3`, `flash_attn3_fp8`: FlashAttention-3 (arXiv 2407.08608) for Hopper GPUs, `flash_attn_interface`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from lightx2v.attention.base import Backend, refuse_mask
-from lightx2v.platform import DeviceInfo, install_hint, probe
+from lightx2v.attention.base import HALVES, Backend
+from lightx2v.attention.hardware import nvidia
+from lightx2v.attention.kernel import maskless
+from lightx2v.attention.quantized import heads_to_fp8, smooth
+from lightx2v.vendor import Function
+
+PLACE = ("flash_attn_interface:flash_attn_func",)
+FUNCTION = Function(PLACE, ("q", "k", "v"), ("softmax_scale", "causal"))
+FUNCTION_FP8 = Function(PLACE, ("q", "k", "v"), ("softmax_scale", "causal", "q_descale", "k_descale", "v_descale"))
+HOPPER = nvidia(((9, 0), (9, 0)))
 
 
-def flash_attn3(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """q [B, L, H, Dh], k and v [B, S, H, Dh], float16 or bfloat16 -> [B, L, H, Dh]."""
-    from flash_attn_interface import flash_attn_func
-
-    refuse_mask("flash_attn3", mask)
-    result = flash_attn_func(q, k, v, softmax_scale=scale)
-    out: Tensor = result[0] if isinstance(result, tuple) else result  # releases before 2026 also return the log-sum-exp
-    return out
+def output(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    """The attention alone: some releases also return the log-sum-exp."""
+    return result[0] if isinstance(result, tuple) else result
 
 
-def available(device: DeviceInfo) -> str | None:
-    if device.capability is None or device.capability[0] != 9:
-        return f"needs an NVIDIA Hopper GPU (compute capability 9.0), the device is {device.name}"
-    reason = probe("flash_attn_interface").reason
-    return reason and f"{reason} ({install_hint('flash_attn_interface')})"
+@maskless("flash_attn3")
+def flash_attn3(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return output(FUNCTION.find().value(q, k, v, softmax_scale=scale, causal=False))
 
 
-BACKEND = Backend(flash_attn3, available, frozenset({"bfloat16", "float16"}))
+@maskless("flash_attn3_fp8")
+def flash_attn3_fp8(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Q, K and V in e4m3 with one scale [B, H] for each head; the result is bfloat16 and made q's dtype.
+
+    The mean of K over its tokens is taken away first, which the softmax does not see and FP8 gains most from: by
+    itself the package does not do so.
+    """
+    (q8, q_scale), (k8, k_scale), (v8, v_scale) = map(heads_to_fp8, (q, smooth(k), v))
+    scales = {"q_descale": q_scale, "k_descale": k_scale, "v_descale": v_scale}
+    return output(FUNCTION_FP8.find().value(q8, k8, v8, softmax_scale=scale, causal=False, **scales)).to(q.dtype)
+
+
+BACKEND = Backend(flash_attn3, HOPPER, FUNCTION, dtypes=HALVES, head_dims=range(8, 257, 8))
+FP8 = Backend(flash_attn3_fp8, HOPPER, FUNCTION_FP8, dtypes=HALVES, head_dims=range(16, 257, 16), exact=False)

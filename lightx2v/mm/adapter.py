@@ -14,11 +14,11 @@ from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, add_bias, capa
 from lightx2v.mm.quantizers import quantizer_missing, vendor_quantize
 from lightx2v.mm.reference import LIBRARY as REFERENCE
 from lightx2v.mm.scheme import Scheme
-from lightx2v.mm.vendor import Function
 from lightx2v.platform import DeviceInfo, install_hint, probe
 from lightx2v.quant.formats import quantize_leaves
 from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import FP8_CHANNEL, FP8_TOKEN, INT8_CHANNEL, INT8_TOKEN
+from lightx2v.vendor import Function
 
 _TOLERANCE = 0.01
 """Largest error of the trial, in parts of the largest result: bfloat16 rounds to 0.004, a wrong layout is off by 1."""

@@ -16,9 +16,9 @@ from lightx2v.mm.adapter import VendorLibrary
 from lightx2v.mm.base import Caps, Packed
 from lightx2v.mm.quantizers import column_major
 from lightx2v.mm.scheme import Scheme
-from lightx2v.mm.vendor import Function
 from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import FP8_BLOCK128, FP8_GROUP128
+from lightx2v.vendor import Function
 
 #: The name since July 2025, and the one before.
 _PRODUCT = Function(("deep_gemm:fp8_gemm_nt", "deep_gemm:gemm_fp8_fp8_bf16_nt"))

@@ -5,7 +5,7 @@ Checkpoints and state dicts keep the names of the single layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ class FusedPart(nn.Module):
             first, count = self.start * tensor.shape[0] // total, self.out_features * tensor.shape[0] // total
             destination[prefix + leaf] = tensor[first : first + count]
         return destination
+
+
+def exchange_whole(parts: Iterable[FusedPart], of: nn.Module) -> None:
+    """Take all parts of a layer from `of` instead, which has the same outputs."""
+    for part in parts:
+        if "whole" in part._modules:
+            part.whole = of
+        part._of = (of,)
 
 
 def fuse_projections(model: nn.Module) -> int:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightx2v.mm.scheme import Scheme
-from lightx2v.mm.vendor import Function
 from lightx2v.quant.numerics import FP8_MAX, Quantized
+from lightx2v.vendor import Function
 
 _FLOATS = frozenset({torch.float32, torch.float16, torch.bfloat16})
 _ROW_ALIGNMENT = 4

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from lightx2v.mm.adapter import CutlassLibrary, cutlass_caps
-from lightx2v.mm.vendor import Function
+from lightx2v.vendor import Function
 
 _POSITIONAL = ("mat_a", "mat_b", "scales_a", "scales_b", "out_dtype")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
 from lightx2v.elementwise import gelu_tanh
 from lightx2v.mm.fused import FusedPart
 from lightx2v.mm.linear import QuantLinear
+from lightx2v.mm.lowrank import LowRankLinear, without_branch
 
 CPU_ROWS = 1024
 """Rows that a feed-forward takes at a time on a CPU, so that its wide middle stays in the outer cache."""
@@ -22,10 +25,10 @@ def project(x: Tensor, *linears: nn.Module) -> tuple[Tensor, ...]:
     first = linears[0]
     if isinstance(first, FusedPart) and all(isinstance(other, FusedPart) and other.of is first.of for other in linears):
         return first.of(x).split([linear.out_features for linear in linears], dim=-1)
-    quantized = [linear for linear in linears if isinstance(linear, QuantLinear)]
+    quantized = [layer for layer in map(without_branch, linears) if isinstance(layer, QuantLinear)]
     if len(quantized) == len(linears) > 1 and all(quantized[0].quantizes_as(other) for other in quantized[1:]):
-        codes = quantized[0].quantize(x)
-        return tuple(linear.multiply(codes, x) for linear in quantized)
+        codes, able = quantized[0].quantize(x), cast(tuple[Any, ...], linears)
+        return tuple(linear.multiply(codes, x) for linear in able)
     return tuple(linear(x) for linear in linears)
 
 
@@ -40,8 +43,9 @@ def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
 
 def _takes_rows(layer: nn.Module) -> bool:
     """Whether what it makes of a row does not depend on the others."""
+    layer = without_branch(layer)
     return isinstance(layer, nn.Linear) or (isinstance(layer, QuantLinear) and layer.takes_rows)
 
 
 def _up(x: Tensor, up: nn.Module) -> Tensor:
-    return up(x, gelu=True) if isinstance(up, QuantLinear) else gelu_tanh(up(x))
+    return up(x, gelu=True) if isinstance(up, QuantLinear | LowRankLinear) else gelu_tanh(up(x))

@@ -16,9 +16,9 @@ from torch import Tensor
 from lightx2v.mm.adapter import VendorLibrary
 from lightx2v.mm.base import Caps, Leaves, Packed, rescale
 from lightx2v.mm.scheme import Scheme
-from lightx2v.mm.vendor import Function
 from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import FP8_CHANNEL, FP8_TOKEN, INT8_CHANNEL, INT8_TOKEN
+from lightx2v.vendor import Function
 
 _INT8 = Function(
     (

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from lightx2v.mm.adapter import CutlassLibrary, cutlass_caps
-from lightx2v.mm.vendor import Function
+from lightx2v.vendor import Function
 
 _SCALED_MM = Function(("vllm._custom_ops:cutlass_scaled_mm",), ("a", "b", "scale_a", "scale_b", "out_dtype"), ("bias",))
 

@@ -16,8 +16,8 @@ import pytest
 from lightx2v.mm import deepgemm, quantizers
 from lightx2v.mm.adapter import VendorLibrary
 from lightx2v.mm.libraries import LIBRARIES
-from lightx2v.mm.vendor import Function
-from tests.contracts import vendors
+from lightx2v.vendor import Function
+from tests.contracts import attention, vendors
 from tests.contracts.sources import folders, pybind_parameters, python_parameters, read_parameters
 
 VENDORS = [library for library in map(LIBRARIES.__getitem__, LIBRARIES) if isinstance(library, VendorLibrary)]
@@ -25,7 +25,9 @@ FUNCTIONS: list[Function] = [
     *{id(function): function for vendor in VENDORS for function in vendor.products.values()}.values(),
     *(quantizer.function for quantizer in quantizers._QUANTIZERS.values()),
     deepgemm._ALIGN,
+    *attention.FUNCTIONS,
 ]
+FAKES = vendors.FAKES | attention.FAKES
 RECORDS: list[dict[str, Any]] = [
     record
     for path in sorted(Path(__file__).with_name("signatures").glob("*.json"))
@@ -88,9 +90,9 @@ def test_the_vendors_source_is_as_recorded(record: dict[str, Any]) -> None:
                 check(function, parameters)
 
 
-@pytest.mark.parametrize("place", vendors.FAKES, ids=str)
+@pytest.mark.parametrize("place", FAKES, ids=str)
 def test_the_fakes_of_other_tests_have_the_vendors_parameters(place: str) -> None:
-    signature = inspect.signature(vendors.FAKES[place])
+    signature = inspect.signature(FAKES[place])
     of_fake = [
         name if parameter.default is inspect.Parameter.empty else f"{name}={parameter.default!r}"
         for name, parameter in signature.parameters.items()

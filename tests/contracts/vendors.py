@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightx2v.mm import adapter, vendor
+from lightx2v import vendor
+from lightx2v.mm import adapter
 from lightx2v.mm.reference import dequantize_groups, int_product
 from lightx2v.quant.numerics import Quantized, dequantize_weight, quantize_activation, rounding_of
 from lightx2v.quant.spec import FP8_BLOCK128, FP8_GROUP128, FP8_TOKEN, INT8_TOKEN

@@ -131,6 +131,7 @@ def test_elementwise_passes_are_their_definitions(
         (elementwise.modulated_norm, x, shift, scale, 1e-6, dtype),
         (elementwise.norm_rope, wide, weight, 1e-6, 3, rope),
         (elementwise.norm_rope, wide, weight, 1e-6, 3, None),
+        (elementwise.norm_rope, wide, weight[:32], 1e-6, 3, rope),
         (elementwise.norm_rope, wide, None, 1e-6, 3, rope),
         (elementwise.add_gated, x, y, gate),
         (elementwise.add_gated, x, y),

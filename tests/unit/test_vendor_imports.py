@@ -16,8 +16,8 @@ from lightx2v import doctor
 from lightx2v.mm.adapter import VendorLibrary
 from lightx2v.mm.libraries import LIBRARIES, unavailable
 from lightx2v.mm.scheme import parse
-from lightx2v.mm.vendor import load
 from lightx2v.platform import DeviceInfo, Probe, probe
+from lightx2v.vendor import load
 from tests.contracts import vendors
 
 ROOT = Path(__file__).parents[2]

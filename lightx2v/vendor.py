@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
 
-from lightx2v.platform import install_hint, probe
+from lightx2v.platform import install_hint, package_of, probe
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Loaded:
 def load(*places: str) -> Loaded:
     """The first of `places`, each "package.module:name", that an installed library has. Never raises.
 
-    Several places are for what a library has moved or renamed, so all of one top-level module. Imports it; a module
+    Several places are for what a library has moved or renamed, so all of one package. Imports it; a module
     that raises at import, whatever it raises, is remembered and not tried again.
     """
-    top = places[0].partition(":")[0].partition(".")[0]
+    top = package_of(places[0].partition(":")[0])
     found = probe(top)
     if found.version is None:
         return Loaded(None, f"{top} is {found.reason} ({install_hint(top)})")
@@ -66,8 +66,8 @@ class Function:
 
     @property
     def module(self) -> str:
-        """The top-level module to install."""
-        return self.places[0].partition(":")[0].partition(".")[0]
+        """The package to install."""
+        return package_of(self.places[0].partition(":")[0])
 
     def find(self) -> Loaded:
         """The function with `given` filled in, or why it cannot be called as this engine would. Never raises."""
