@@ -12,9 +12,9 @@ from lightx2v.config.load import load_config
 from lightx2v.errors import ConfigError
 from lightx2v.models.base import Branch
 from lightx2v.pipeline import LightX2VPipeline
-from lightx2v.plan.request import build_request
-from lightx2v.sampling.loop import Progress, denoise, guided, unguided
-from lightx2v.sampling.schedule import Solver, initial_noise
+from lightx2v.request import build_request
+from lightx2v.sampling.loop import Progress, cfg_scales, denoise, forwards, guided
+from lightx2v.sampling.schedule import Solver, initial_noise, noise_source
 
 DEFAULTS = {
     "steps": 4,
@@ -44,28 +44,54 @@ def test_a_shift_spends_more_steps_on_high_noise() -> None:
     assert torch.allclose(shifted, 3 * plain / (1 + 2 * plain), atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["unipc", "euler"])
-def test_a_straight_flow_ends_at_the_data(name: str) -> None:
+@pytest.mark.parametrize(("name", "error"), [("unipc", 1e-4), ("euler", 1e-4), ("dpm++", 4e-3)])
+def test_a_straight_flow_ends_at_the_data(name: str, error: float) -> None:
+    """DPM++ begins at a noise level of 0.999 or so, and takes the noise for that."""
     data, noise = torch.full((1, 2, 3), 0.25), initial_noise((1, 2, 3), 5, CPU)
     seen: list[Progress] = []
     solver = Solver(name, 6, 3.0)  # type: ignore[arg-type]
     result = denoise(noise, solver, lambda latents, timestep, step: noise - data, seen.append)
-    assert torch.allclose(result, data, atol=1e-4)
+    assert torch.allclose(result, data, atol=error)
     assert [progress.step for progress in seen] == [1, 2, 3, 4, 5, 6]
 
 
 def test_guidance_weighs_the_branches() -> None:
+    calls: list[tuple[int, Branch]] = []
+
     def predict(latents: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
+        calls.append((step, branch))
         return torch.tensor(3.0 if branch == "cond" else 1.0)
 
     nothing = torch.zeros(1)
     assert guided(predict, 2.5)(nothing, nothing, 0) == 1 + 2.5 * (3 - 1)
-    assert unguided(predict)(nothing, nothing, 0) == 3
+    assert guided(predict, 1.0)(nothing, nothing, 0) == 3
+    calls.clear()
+    scales = (2.0, 1.0, 4.0)
+    assert [guided(predict, scales)(nothing, nothing, step).item() for step in range(3)] == [5, 3, 9]
+    assert calls == list(forwards(scales)), "the forwards are known before the loop"
+    assert calls == [(0, "cond"), (0, "uncond"), (1, "cond"), (2, "cond"), (2, "uncond")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [(None, [0, 1, 2, 3]), (":2", [0, 1]), ("1:3", [1, 2]), ("3:", [3]), ("-1:", [3]), (":9", [0, 1, 2, 3])],
+)
+def test_guidance_has_a_schedule(schedule: str | None, steps: list[int]) -> None:
+    assert cfg_scales(4, 6.0, schedule) == tuple(6.0 if step in steps else 1.0 for step in range(4))
+
+
+@pytest.mark.parametrize("schedule", ["", "2", "a:b", "1:2:3", "2:2", "4:", "0.5:1"])
+def test_guidance_schedules_that_are_none(schedule: str) -> None:
+    with pytest.raises(ConfigError, match="cfg_schedule"):
+        cfg_scales(4, 6.0, schedule)
 
 
 def test_a_seed_is_a_start() -> None:
     assert torch.equal(initial_noise((4,), 1, CPU), initial_noise((4,), 1, CPU))
     assert not torch.equal(initial_noise((4,), 1, CPU), initial_noise((4,), 2, CPU))
+    draw = noise_source(1)
+    assert torch.equal(draw((4,)), initial_noise((4,), 1, CPU))
+    assert not torch.equal(draw((4,)), initial_noise((4,), 1, CPU)), "a second draw goes on"
 
 
 @pytest.mark.parametrize(("steps", "shift", "key"), [(0, 1.0, "sampling.steps"), (4, 0.0, "sampling.shift")])
