@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lightx2v.config.schema import Config
 
 SETTING_FLAGS = (
-    ("model_cls", "model family (wan2.1)"),
+    ("model_cls", "model family (wan2.1, flux), or diffusers for a pipeline directory of it"),
     ("task", "t2v: text to video; i2v: image and text to video"),
     ("model_path", "directory of the checkpoint; without it the embedded tiny-wan runs"),
     ("prompt", "what to show"),
@@ -99,10 +99,9 @@ def run_config(args: argparse.Namespace) -> Config:
 
 def print_plan(config: Config, as_json: bool) -> None:
     """Resolve `config` on its device and print the plan."""
-    from lightx2v.plan import resolve
-    from lightx2v.platform import select_device
+    from lightx2v.runner import open_plan
 
-    plan = resolve(config, select_device(config.device))
+    plan = open_plan(config)
     print(json.dumps(plan.to_json(), indent=2) if as_json else plan.render())
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, cast
@@ -14,16 +14,19 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lightx2v import platform
-from lightx2v.attention.base import AttentionFn
 from lightx2v.families.base import PartSource
 from lightx2v.features.compile import compile_blocks
+from lightx2v.features.graphs import Graphs
+from lightx2v.features.lora.attach import Loras
+from lightx2v.features.lora.source import LoraSource
+from lightx2v.features.offload.attach import Offloaded, Parked
+from lightx2v.features.offload.load import load_offloaded
 from lightx2v.features.once import OnceParts
 from lightx2v.io.source import CheckpointSource
-from lightx2v.io.weights import Checkpoint, stream_into
+from lightx2v.io.weights import stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
 from lightx2v.mm.select import LayerPlan
-from lightx2v.models.base import set_attention
 from lightx2v.models.spec import FamilySpec
 from lightx2v.plan import Plan
 from lightx2v.timing import StageTimer
@@ -31,64 +34,68 @@ from lightx2v.timing import StageTimer
 
 @dataclass(frozen=True)
 class LoadedDiT:
-    """A DiT with its weights, and what a request needs around its loop."""
+    """A DiT with its weights, and what is attached to it."""
 
-    model: nn.Module
+    model: Any
     once: OnceParts
+    graphs: Graphs | None = None
+    offloaded: Offloaded | None = None
+    loras: Loras | None = None
 
 
 def load_dit(plan: Plan) -> LoadedDiT:
-    """The DiT of a plan with the weights of its checkpoint."""
-    part, family = plan.components["dit"], plan.family
-    device, where = torch.device(plan.device.torch_name), str(part.checkpoint)
-    checkpoint = Checkpoint.open(part.checkpoint)
-    source = CheckpointSource(checkpoint, family.original_name, family.is_unused, part.read_raw())
-    model = assemble_dit(
-        family,
-        plan.files.arch,
-        part.by_name(),
-        source.read(),
-        device=device,
-        dtype=getattr(torch, plan.config.dtype),
-        auto_quant=part.auto_quant,
-        attention=plan.attention,
-        compiled=plan.config.compile,
-        where=where,
-    )
-    return LoadedDiT(model, OnceParts(model, source, device, where))
+    """The DiT of a plan with the weights of its checkpoint, and its features."""
+    part, family, config = plan.components["dit"], plan.family, plan.config
+    device, dtype = torch.device(plan.device.torch_name), getattr(torch, config.dtype)
+    where = str(part.checkpoint)
+    plain = CheckpointSource(family.open(part.checkpoint), family.original_name, family.is_unused, part.read_raw())
+    source = LoraSource(plain, plan.loras, device)
+    loras = Loras(source, dtype, uniform=config.compile or config.graphs)
+    model = empty_dit(family, plan.files.arch, part.by_name(), dtype, part.auto_quant)
+    offloaded = None
+    if plan.offload.settings.enabled:
+        offloaded = load_offloaded(
+            model,
+            source,
+            plan.offload.settings,
+            device=plan.device,
+            dtype_of=dtype_of(model, dtype),
+            where=where,
+            keep_first=plan.keep_first,
+            ready=loras.attach,
+        )
+    else:
+        fill_dit(model, source.read(), device, dtype, where)
+        loras.attach(model)
+    if config.compile:
+        compile_blocks(model)  # type: ignore[arg-type]
+    record = platform.graph_recorder(plan.device) if config.graphs else None
+    graphs = None if record is None else Graphs(record)
+    return LoadedDiT(model.eval(), OnceParts(model, source, device, where), graphs, offloaded, loras)
 
 
-def assemble_dit(
-    family: FamilySpec,
-    arch: Any,
-    plans: Mapping[str, LayerPlan],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    auto_quant: bool,
-    attention: AttentionFn,
-    compiled: bool,
-    where: str,
+def empty_dit(
+    family: FamilySpec, arch: Any, plans: Mapping[str, LayerPlan], dtype: torch.dtype, auto_quant: bool
 ) -> nn.Module:
-    """Build a DiT on meta, exchange its linears, stream `tensors` (by original name) into place, attach features.
-
-    `dtype` is what it computes in, `where` what an error names as the source of the tensors.
-    """
+    """A DiT on meta, its linears exchanged for those of `plans`. `dtype` is what it computes in."""
     with torch.device("meta"):
         module = family.build_dit(arch)
     swap_linears(module, plans, dtype, auto_quant)
-    dit = cast(Any, module)
+    return module
 
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if any(fnmatchcase(name, glob) for glob in dit.fp32_names) else dtype
 
-    stream_into(module, tensors, device=device, dtype_of=dtype_of, where=where)
-    fuse_projections(module)
-    set_attention(dit, attention)
-    if compiled:
-        compile_blocks(dit)
-    return module.eval()
+def dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtype]:
+    """What each parameter of a DiT is held in, by name."""
+    exact: Sequence[str] = cast(Any, model).fp32_names
+    return lambda name: torch.float32 if any(fnmatchcase(name, glob) for glob in exact) else dtype
+
+
+def fill_dit(
+    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype, where: str
+) -> None:
+    """Stream `tensors`, by original name, into a DiT on meta; `where` is what an error names as their source."""
+    stream_into(model, tensors, device=device, dtype_of=dtype_of(model, dtype), where=where)
+    fuse_projections(model)
 
 
 class Components:
@@ -97,6 +104,7 @@ class Components:
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self._loaded: dict[str, Any] = {}
+        self._parked: dict[str, Parked] = {}
 
     def _load(self, name: str) -> Any:
         plan = self.plan
@@ -105,11 +113,12 @@ class Components:
         part = next(part for part in plan.family.surroundings.parts if part.name == name)
         planned = plan.components.get(name)
         source = PartSource(
-            plan.files.require(part.file) if planned is None else planned.checkpoint,
+            part.find(plan.config, plan.files) if planned is None else planned.checkpoint,
             plan.files,
             torch.device(plan.device.torch_name),
             getattr(torch, plan.config.dtype),
             {} if planned is None else planned.quantized(),
+            plan.config,
         )
         return part.load(source)
 
@@ -121,13 +130,24 @@ class Components:
                 logger.debug("loading {}", name)
                 self._loaded[name] = self._load(name)
         try:
-            yield self._loaded[name]
+            with self._on_device(name):
+                yield self._loaded[name]
         finally:
             if self.plan.config.unload_modules:
                 self.unload(name)
 
+    def _on_device(self, name: str) -> AbstractContextManager[None]:
+        """The device holds a part that is offloaded inside, and only there. On a CPU nothing would be saved."""
+        part = next((part for part in self.plan.family.surroundings.parts if part.name == name), None)
+        if part is None or self.plan.device.kind == "cpu" or not getattr(self.plan.config.offload, part.kind):
+            return nullcontext()
+        if name not in self._parked:
+            self._parked[name] = Parked([("", self._loaded[name].module)], self.plan.device)
+        return self._parked[name].running()
+
     def unload(self, name: str) -> None:
         """Free one component."""
+        self._parked.pop(name, None)
         if self._loaded.pop(name, None) is not None:
             gc.collect()
             platform.empty_cache(self.plan.device)

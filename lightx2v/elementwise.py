@@ -35,9 +35,10 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: t
 
 
 def norm_rope(x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Rope | None) -> Tensor:
-    """RMS norm over D of x [B, L, D] with `weight` [D], then the rotary embedding of each head: [B, L, H, Dh].
+    """RMS norm of x [B, L, D] with `weight`, then the rotary embedding of each head: [B, L, H, Dh].
 
-    Without a weight there is no norm, without `rope` no rotation. The result has the dtype of x.
+    A weight [D] is for a norm over D, one of [Dh] for a norm of each head. Without a weight there is no norm, without
+    `rope` no rotation. The result has the dtype of x.
     """
     weight = None if weight is None else weight.float()
     if _native(x, x.dtype, weight):
@@ -45,7 +46,9 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Ro
 
         cosines, sines = (None, None) if rope is None else (table.flatten(1) for table in rope)
         return ops.rms_rope(x, weight, cosines, sines, heads, eps).unflatten(2, (heads, -1))
-    y = x.float() if weight is None else F.rms_norm(x.float(), x.shape[-1:], weight, eps)
+    y = x.float()
+    if weight is not None:
+        y = F.rms_norm(y.unflatten(-1, (-1, weight.shape[0])), weight.shape, weight, eps).flatten(-2)
     y = y.unflatten(-1, (heads, -1))
     return (y if rope is None else rotate(y, rope)).to(x.dtype)
 

@@ -18,10 +18,10 @@ from loguru import logger
 from lightx2v.config.load import load_config
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
+from lightx2v.foreign import PipelinePlan, PipelineRunner
 from lightx2v.io.media import check_result_path, write_result
-from lightx2v.plan import Plan, resolve
-from lightx2v.platform import select_device
-from lightx2v.runner import Runner
+from lightx2v.plan import Plan
+from lightx2v.runner import Runner, make_runner, open_plan
 from lightx2v.sampling.loop import Progress
 from lightx2v.timing import StageTimer
 
@@ -43,13 +43,13 @@ class LightX2VPipeline:
     ) -> None:
         chosen = {"task": task, "model_path": model_path, "model_cls": model_cls, "device": device, "dtype": dtype}
         self._overrides: dict[str, Any] = {key: value for key, value in chosen.items() if value is not None}
-        self._runner: Runner | None = None
+        self._runner: Runner | PipelineRunner | None = None
 
     @classmethod
     def from_config(cls, config: Config) -> LightX2VPipeline:
         """A pipeline of a configuration that is complete already."""
         pipe = cls(task=config.task, model_path=config.model_path, model_cls=config.model_cls)
-        pipe._runner = Runner(resolve(config, select_device(config.device)))
+        pipe._runner = make_runner(open_plan(config))
         return pipe
 
     def _set(self, values: dict[str, Any]) -> LightX2VPipeline:
@@ -117,19 +117,18 @@ class LightX2VPipeline:
                 "video.fps": fps,
             }
         )
-        config = load_config(config_json, self._overrides, [])
-        self._runner = Runner(resolve(config, select_device(config.device)))
+        self._runner = make_runner(open_plan(load_config(config_json, self._overrides, [])))
         return self
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> Runner | PipelineRunner:
         if self._runner is None:
             self.create_generator()
         assert self._runner is not None
         return self._runner
 
     @property
-    def plan(self) -> Plan:
+    def plan(self) -> Plan | PipelinePlan:
         """What was resolved: print `pipe.plan.render()`."""
         return self.runner.plan
 

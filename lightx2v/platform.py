@@ -5,19 +5,23 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import importlib.util
+import mmap
 import os
 import platform
 import resource
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightx2v.errors import ConfigError
+from lightx2v.errors import ConfigError, ResourceError
 
 if TYPE_CHECKING:
     import torch
@@ -73,14 +77,42 @@ _LIBRARIES = {
     "flash_attn_interface": _Library(
         ("flash-attn-3", "flashattn-hopper"), _source("Dao-AILab/flash-attention#subdirectory=hopper")
     ),
+    "flash_attn.cute": _Library(("flash-attn-4",), "pip install flash-attn-4"),
     "sageattention": _Library(("sageattention",), _source("thu-ml/SageAttention")),
+    "sageattn3": _Library(("sageattn3",), _source("thu-ml/SageAttention#subdirectory=sageattention3_blackwell")),
+    "spas_sage_attn": _Library(("spas-sage-attn",), _source("thu-ml/SpargeAttn")),
 }
 
 
+def package_of(module: str) -> str:
+    """What is installed to have `module`: its top-level package, or a part of one that is distributed by itself."""
+    return next(
+        (name for name in _LIBRARIES if f"{module}.".startswith(f"{name}.") and "." in name), module.split(".")[0]
+    )
+
+
+def gpu_symbol(stem: str, suffix: str = "") -> str:
+    """The name of a package's function that it calls after the vendor of the GPU: `stem`, that, `suffix`."""
+    return f"{stem}_cuda{suffix}"
+
+
+def _spec(module: str) -> ModuleSpec | None:
+    """Where `module` is; its parents are not imported, which `importlib.util.find_spec` would do."""
+    top, *parts = module.split(".")
+    imported = sys.modules.get(top)
+    spec = None if parts and imported else importlib.util.find_spec(top)
+    folders = getattr(imported, "__path__", ()) if spec is None else spec.submodule_search_locations
+    for part in parts:
+        top = f"{top}.{part}"
+        spec = PathFinder.find_spec(top, list(folders or ()))
+        folders = spec.submodule_search_locations if spec else None
+    return spec
+
+
 def probe(module: str) -> Probe:
-    """Look for top-level `module` without importing it. Never raises."""
+    """Look for `module`, a package of `package_of`, without importing it. Never raises."""
     try:
-        spec = None if module in sys.modules else importlib.util.find_spec(module)
+        spec = None if module in sys.modules else _spec(module)
         # A folder of that name without Python files in it, say a clone's, is found as well: it has no origin.
         found = module in sys.modules or (spec is not None and spec.origin is not None)
     except (ImportError, ValueError) as error:
@@ -252,6 +284,21 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def graph_recorder(device: DeviceInfo) -> Callable[[], AbstractContextManager[Any]] | None:
+    """What records the work done inside a `with` block as a graph with `replay()`; None where there are no graphs."""
+    if device.kind not in ("cuda", "rocm"):
+        return None
+    import torch
+
+    @contextmanager
+    def record() -> Iterator[Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            yield graph
+
+    return record
+
+
 def synchronize(device: DeviceInfo) -> None:
     """Wait until all work queued on `device` is done."""
     if device.kind != "cpu":
@@ -305,3 +352,66 @@ def reset_peak_memory(device: DeviceInfo) -> None:
             clear.write_text("5")  # resets VmHWM, see proc(5)
     elif device.kind != "mps":
         _backend(device).reset_peak_memory_stats(device.index)
+
+
+def host_memory(nbytes: int, device: DeviceInfo) -> torch.Tensor:
+    """uint8 [nbytes] of host memory, page-locked where copies to `device` then run beside its work.
+
+    It is mapped for itself, so that all of it goes back to the system, and registered rather than taken from torch's
+    allocator of such memory, which rounds every size up to a power of two. Raises ResourceError when there is too little.
+    """
+    import torch
+
+    with torch.inference_mode(False):
+        if device.kind == "xpu":
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        try:
+            pages = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory = torch.frombuffer(pages, dtype=torch.uint8)[:nbytes]
+        except OSError as error:
+            raise ResourceError("memory", f"the host has no {nbytes:,} bytes left ({error})") from error
+    if device.kind in ("cuda", "rocm") and nbytes:
+        runtime, address = torch.cuda.cudart(), memory.data_ptr()
+        if problem := int(runtime.cudaHostRegister(address, nbytes, 0)):
+            raise ResourceError(
+                "memory", f"{nbytes:,} bytes of host memory cannot be page-locked (error {problem})", do="see ulimit -l"
+            )
+        weakref.finalize(memory, runtime.cudaHostUnregister, address).atexit = False
+    return memory
+
+
+class CopyQueue:
+    """Copies from host memory to a device on a stream of their own. Marks order them; the host waits for none.
+
+    On a CPU, and on MPS, whose memory is the host's, a copy is done when it returns, and marks are None.
+    """
+
+    def __init__(self, device: DeviceInfo) -> None:
+        self._index = device.index
+        self._backend = None if device.kind in ("cpu", "mps") else _backend(device)
+        self._stream = self._backend.Stream(device=device.index) if self._backend else None
+
+    def copy(self, target: torch.Tensor, source: torch.Tensor, after: Any = None) -> Any:
+        """Copy once the mark `after` is reached; returns the mark of the end."""
+        if self._backend is None or self._stream is None:
+            target.copy_(source)
+            return None
+        with self._backend.stream(self._stream):
+            if after is not None:
+                self._stream.wait_event(after)
+            target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def mark(self) -> Any:
+        """A mark after all work that is queued on the device's own stream so far."""
+        return None if self._backend is None else self._backend.current_stream(self._index).record_event()
+
+    def wait(self, mark: Any) -> None:
+        """Let the work that is queued from now on begin when `mark` is reached."""
+        if self._backend is not None and mark is not None:
+            self._backend.current_stream(self._index).wait_event(mark)
+
+    def wait_here(self, mark: Any) -> None:
+        """Let the calling thread wait for `mark`."""
+        if mark is not None:
+            mark.synchronize()

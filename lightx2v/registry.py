@@ -15,8 +15,9 @@ V = TypeVar("V")
 class Registry(Generic[T]):
     """Names to values, where a value may be given as `"package.module:attribute"` and is imported on first use."""
 
-    def __init__(self, kind: str) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, beside: Iterable[str] = ()) -> None:
+        """`beside` are names of this kind that something else serves: messages list them, too."""
+        self.kind, self._beside = kind, tuple(beside)
         self._values: dict[str, T | str] = {}
         self._aliases: dict[str, str] = {}
 
@@ -46,8 +47,8 @@ class Registry(Generic[T]):
             return self._aliases[name]
         raise ConfigError(
             self.kind,
-            f"unknown name '{name}'{suggestion(name, [*self._values, *self._aliases])}",
-            allowed=", ".join(self),
+            f"unknown name '{name}'{suggestion(name, [*self._values, *self._aliases, *self._beside])}",
+            allowed=", ".join([*self, *self._beside]),
         )
 
     def __getitem__(self, name: str) -> T:

@@ -22,7 +22,8 @@ class Request:
     frames: int
     fps: int
     steps: int
-    shift: float
+    shift: float | None
+    """None: as the checkpoint's schedule has it for this size."""
     guidance: float
     """The scale that the user turns: of classifier-free guidance, or the model's input where it takes one."""
     true_guidance: float
@@ -58,6 +59,8 @@ def build_request(config: Config, defaults: dict[str, Any], embedded_guidance: b
         "guidance": config.sampling.guidance,
         "solver": config.sampling.solver,
     }
+    if (listed := config.sampling.denoising_step_list) is not None:
+        defaults = defaults | {"steps": len(listed), "solver": "euler"}
     filled = {key: defaults[key] if value is None else value for key, value in chosen.items()}
     return Request(
         task=config.task,

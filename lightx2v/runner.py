@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 from loguru import logger
 from torch import Tensor
-from tqdm import tqdm
 
-import lightx2v
+from lightx2v import foreign
 from lightx2v.components import Components
 from lightx2v.config.schema import Config
-from lightx2v.errors import LightX2VError
+from lightx2v.denoising import denoise_request
 from lightx2v.families.base import Family, Session
-from lightx2v.features.base import RunInfo, StackFeature
+from lightx2v.features.base import StackFeature
 from lightx2v.io.media import write_result
-from lightx2v.models.base import Branch, Conditions, run_blocks
 from lightx2v.plan import Plan, resolve
+from lightx2v.plan.metadata import result_metadata
 from lightx2v.platform import select_device
 from lightx2v.request import Request
-from lightx2v.sampling.loop import Progress, denoise, guided, unguided
-from lightx2v.sampling.schedule import Solver, initial_noise
+from lightx2v.sampling.loop import Progress
 from lightx2v.timing import StageTimer
 
 DEFAULT_RESULT = "./output_lightx2v.mp4"
@@ -58,7 +54,11 @@ class Runner:
         config, dtype = self.plan.config, getattr(torch, self.plan.config.dtype)
         session = Session(self.components, self.timer, config, self.plan.files, self.device, dtype)
         conditions = self.family.encode(session, request)
-        latents = self._denoise(request, conditions, callback, quiet, feature)
+        image = self.family.image_latents(session, request)
+        with session.use("dit") as loaded, self.timer.stage("denoise"):
+            latents = denoise_request(
+                self.plan, loaded, request, conditions, image, feature=feature, callback=callback, quiet=quiet
+            )
         return to_frames(self.family.decode(session, latents))
 
     def _check(self, request: Request) -> None:
@@ -67,62 +67,9 @@ class Runner:
         if not request.prompt.strip():
             logger.warning("the prompt is empty: the model shows whatever it likes")
 
-    def _denoise(
-        self,
-        request: Request,
-        conditions: dict[Branch, Conditions],
-        callback: Callable[[Progress], None] | None,
-        quiet: bool,
-        feature: StackFeature | None,
-    ) -> Tensor:
-        shape = (1, *self.plan.family.latent_shape(request.height, request.width, request.frames))
-        solver = Solver(request.solver, request.steps, request.shift, self.device)  # type: ignore[arg-type]
-        latents = initial_noise(shape, request.seed, self.device)
-        dtype = getattr(torch, self.plan.config.dtype)
-        with (
-            self.components.use("dit", self.timer) as loaded,
-            self.timer.stage("denoise"),
-            tqdm(total=request.steps, desc="denoise", unit="step", disable=quiet) as bar,
-        ):
-            dit = loaded.model
-            with loaded.once.present():
-                prepared = {branch: dit.prepare(made) for branch, made in conditions.items()}
-                times = dit.embed_time(solver.timesteps)
-            run = RunInfo(solver.steps, tuple(prepared), solver.sigmas, times, len(dit.blocks))
-            stack = run_blocks if feature is None else feature.begin(run, run_blocks)
-
-            def predict(noisy: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
-                time, made = times.at(step), prepared[branch]
-                stream, context = dit.embed(noisy.to(dtype), time, made, step=step, branch=branch)
-                velocity: Tensor = dit.head(stack(dit, stream, context), context)
-                return velocity
-
-            def advance(progress: Progress) -> None:
-                bar.update()
-                if callback is not None:
-                    callback(progress)
-
-            forward = predict if feature is None else feature.around(run, predict)
-            velocity = guided(forward, request.cfg_scale) if request.cfg else unguided(forward)
-            result = denoise(latents, solver, velocity, advance)
-        if not bool(torch.isfinite(result).all()):
-            raise LightX2VError(
-                "denoise", "the latents are not finite", do="use dtype bfloat16 or float32, or another mm_type"
-            )
-        return result
-
     def metadata(self, request: Request) -> dict[str, str]:
-        """What is written into a result: prompt, seed, the request and configuration, plan hash, versions."""
-        return {
-            "prompt": request.prompt,
-            "negative_prompt": request.negative_prompt,
-            "seed": str(request.seed),
-            "request": json.dumps(request.to_json()),
-            "config": self.plan.config.model_dump_json(exclude_defaults=True),
-            "plan": self.plan.hash,
-            "lightx2v": lightx2v.__version__,
-            "versions": json.dumps({name: version(name) for name in ("torch", "diffusers", "transformers")}),
-        }
+        """What is written into a result."""
+        return result_metadata(self.plan, request)
 
 
 def to_frames(video: Tensor) -> np.ndarray:
@@ -132,12 +79,23 @@ def to_frames(video: Tensor) -> np.ndarray:
     return frames
 
 
+def open_plan(config: Config) -> Plan | foreign.PipelinePlan:
+    """The plan of `config` on its device: of a model of this engine, or of a pipeline of diffusers. UserError."""
+    plan_for = foreign.resolve if config.model_cls == foreign.MODEL_CLS else resolve
+    return plan_for(config, select_device(config.device))
+
+
+def make_runner(plan: Plan | foreign.PipelinePlan) -> Runner | foreign.PipelineRunner:
+    """What serves requests by `plan`."""
+    return Runner(plan) if isinstance(plan, Plan) else foreign.PipelineRunner(plan)
+
+
 def generate(config: Config) -> Path:
     """The main job: a config in, a file out. Returns the path of the result."""
     config = config.model_copy(update={"save_result_path": config.save_result_path or DEFAULT_RESULT})
-    plan = resolve(config, select_device(config.device))
+    plan = open_plan(config)
     logger.info("plan {}:\n{}", plan.hash, plan.render())
-    runner = Runner(plan)
+    runner = make_runner(plan)
     frames = runner.run(plan.request)
     assert config.save_result_path is not None
     with runner.timer.stage("save"):

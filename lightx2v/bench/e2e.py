@@ -14,10 +14,12 @@ from lightx2v.bench.peers.base import Choice
 from lightx2v.bench.report import Case, Column, fact
 from lightx2v.bench.work import held_bytes
 from lightx2v.config.schema import Config, MMConfig
+from lightx2v.errors import ConfigError
 from lightx2v.mm.scheme import parse
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.plan import resolve
 from lightx2v.platform import select_device
+from lightx2v.runner import Runner
 from lightx2v.timing import StageTimer
 from lightx2v.units import human_bytes
 
@@ -46,6 +48,8 @@ def engine(name: str, config: Config) -> Candidate:
 
     def build() -> tuple[Work, Facts]:
         pipe = LightX2VPipeline.from_config(config)
+        if not isinstance(pipe.runner, Runner):
+            raise ConfigError("model_cls", f"is {config.model_cls}", do="measure a model of this engine")
 
         def run() -> Staged:
             frames = pipe.generate(quiet=True)

@@ -6,20 +6,23 @@ import json
 import math
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from lightx2v.attention.base import AttentionFn
-from lightx2v.components import assemble_dit
+from lightx2v.components import empty_dit, fill_dit
 from lightx2v.errors import ConfigError, suggestion
+from lightx2v.features.compile import compile_blocks
 from lightx2v.io.weights import stream_into
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.select import LayerPlan, plan_layer
+from lightx2v.models.base import DiT, set_attention
 from lightx2v.models.spec import FAMILIES, FamilySpec
 from lightx2v.models.wan.arch import WanArch
-from lightx2v.plan.resolve import EMBEDDED, linear_shapes
+from lightx2v.plan.dit import linear_shapes
+from lightx2v.plan.resolve import EMBEDDED
 from lightx2v.platform import DeviceInfo
 
 DTYPE = torch.bfloat16
@@ -140,18 +143,12 @@ def random_dit(
     """The engine's DiT with random weights, which its layers quantize one by one as they arrive."""
     shapes, _ = dit_shapes(arch)
     place = torch.device(device.torch_name)
-    return assemble_dit(
-        family(),
-        arch,
-        plans,
-        random_tensors(shapes, place, seed),
-        device=place,
-        dtype=DTYPE,
-        auto_quant=True,
-        attention=attention,
-        compiled=compiled,
-        where="random weights",
-    )
+    model = empty_dit(family(), arch, plans, DTYPE, auto_quant=True)
+    fill_dit(model, random_tensors(shapes, place, seed), place, DTYPE, "random weights")
+    set_attention(cast(DiT, model), attention)
+    if compiled:
+        compile_blocks(cast(DiT, model))
+    return model.eval()
 
 
 def held_bytes(model: nn.Module) -> int:

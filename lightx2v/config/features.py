@@ -20,6 +20,7 @@ CacheType = Literal[
     "easycache",
     "fora",
     "pab",
+    "deepcache",
 ]
 
 
@@ -75,6 +76,10 @@ class CacheConfig(Section):
     max_skip: PositiveInt | None = Field(default=None, description="Most steps in a row that are not computed.")
     retention: Fraction | None = Field(default=None, description="Share of the steps, at the start, always computed.")
     interval: PositiveInt | None = Field(default=None, description="Every so many steps the blocks are computed.")
+    branch: Count | None = Field(
+        default=None,
+        description="DeepCache: the skip connection, from the outside, below which a UNet is not computed.",
+    )
     order: Annotated[int, Field(ge=0, le=4)] | None = Field(default=None, description="Order of the Taylor series.")
     warmup: Count | None = Field(default=None, description="Steps at the start that are always computed.")
     first_blocks: PositiveInt | None = Field(default=None, description="Blocks that are always computed, at the front.")
@@ -84,6 +89,14 @@ class CacheConfig(Section):
     taylor: bool | None = Field(default=None, description="Extrapolate what is reused by a Taylor series.")
     window: Annotated[tuple[float, float], Field(strict=False)] | None = Field(
         default=None, description="Timesteps, of 0 to 1000, between which the method works."
+    )
+    codebook: Annotated[tuple[Annotated[tuple[float, int], Field(strict=False)], ...], Field(strict=False)] | None = (
+        Field(default=None, description="AdaCache: pairs of a change and the steps to leave out up to it, rising.")
+    )
+    motion: bool | None = Field(default=None, description="AdaCache: compute more often where the frames differ much.")
+    cfg_gate: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Share of the steps, at the start, that run both branches of classifier-free guidance.",
     )
     store: Literal["compute", "fp8"] = Field(default="compute", description="What is kept is held in this dtype.")
     file: Path | None = Field(default=None, description="What `lightx2v calibrate --cache` wrote for this model.")
@@ -121,6 +134,12 @@ class LoraConfig(Section):
 class VaeConfig(Section):
     """How latents become pixels."""
 
+    path: Path | None = Field(default=None, description="Weights of the VAE in place of the model's own; a LightVAE.")
     tiling: bool = Field(default=False, description="Decode in overlapping tiles, with less memory.")
     tae: bool = Field(default=False, description="Decode with a tiny autoencoder.")
-    tae_path: Path | None = Field(default=None, description="Weights of the tiny autoencoder.")
+    tae_path: Path | None = Field(
+        default=None, description="Weights of the tiny autoencoder; null: the file of the model's directory."
+    )
+    tae_scaled: bool | None = Field(
+        default=None, description="Whether the tiny autoencoder takes normalized latents; null: by the file's name."
+    )

@@ -73,6 +73,8 @@ RENAMED: dict[str, str] = {
     "use_tae": "vae.tae",
     "tiny_vae_path": "vae.tae_path",
     "tae_path": "vae.tae_path",
+    "need_scaled": "vae.tae_scaled",
+    "vae_path": "vae.path",
     "lora_configs": "lora",
     "lora_dynamic_apply": "lora_dynamic",
     "denoising_step_list": "sampling.denoising_step_list",
@@ -107,7 +109,8 @@ _FEATURES: dict[str, str] = {
     "calibration": "do_mm_calib quant_method dummy_model",
     "sparse attention": "sparge sparge_attn_setting sol_attn_setting nbhd_attn_setting dynamic_sparse_attn_setting"
     " general_sparse_attn_setting spas_sage_attn2_setting spas_sage_attn3_setting rainfusion window_size",
-    "another VAE": "use_lightvae use_stream_vae async_vae_decode trt_vae_config vae_path vae_dtype",
+    "a LightVAE by this key (vae.path takes its file)": "use_lightvae",
+    "another VAE": "use_stream_vae async_vae_decode trt_vae_config vae_dtype",
     "models with an embedded guidance of this kind": "enable_dynamic_cfg",
     "prompt enhancement": "use_prompt_enhancer sub_servers",
     "another compiler": "use_magi_compile",
@@ -138,7 +141,7 @@ _NEUTRAL: dict[str, Any] = {
 WITHOUT_EFFECT: frozenset[str] = frozenset(
     "offload_path t5_offload_granularity max_area empty_cache_min_free_gib empty_cache_min_reclaimable_gib"
     " rotary_chunk rotary_chunk_size rope_chunk rope_chunk_size rope_type rms_norm_type layer_norm_type modulate_type"
-    " warmup magcache_calibration downsample_factor cfg_scale need_scaled lightvae_pruning_rate sparge_ckpt tp_mm_type"
+    " warmup magcache_calibration downsample_factor cfg_scale lightvae_pruning_rate sparge_ckpt tp_mm_type"
     " tp_rms_norm_type weight_scale_granularity mxfp8_fuse_enable nvfp4_ffn_split_n_workaround audio_sr video_duration"
     " use_image_encoder".split()
 )

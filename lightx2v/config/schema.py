@@ -141,6 +141,9 @@ class Config(Section):
         " the weights are unquantized.",
     )
     compile: bool = Field(default=False, description="Compile the blocks of the DiT with torch.compile.")
+    pipeline_args: dict[str, Any] = Field(
+        default={}, description="For model_cls diffusers: further arguments of the pipeline's call, by its names."
+    )
     graphs: bool = Field(default=False, description="Record the DiT as a graph of the device, and replay it.")
     unload_modules: bool = Field(
         default=False, description="Load each component just before its use and free it right after."
@@ -167,15 +170,21 @@ def _inner_types(annotation: Any) -> set[Any]:
     return {annotation}
 
 
+def _is_text(annotation: Any) -> bool:
+    """Whether a value is text, and nothing that JSON writes in another way."""
+    kinds = _inner_types(annotation)
+    return str in kinds and not kinds & {bool, int, float}
+
+
 def _settings() -> dict[str, bool]:
     """Every dotted key, and whether its value is text."""
     keys: dict[str, bool] = {}
     for name, field in Config.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
             inner = field.annotation.model_fields
-            keys |= {f"{name}.{key}": str in _inner_types(f.annotation) for key, f in inner.items()}
+            keys |= {f"{name}.{key}": _is_text(f.annotation) for key, f in inner.items()}
         else:
-            keys[field.alias or name] = str in _inner_types(field.annotation)
+            keys[field.alias or name] = _is_text(field.annotation)
     return keys
 
 

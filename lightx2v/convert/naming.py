@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Literal
 
+from lightx2v.convert.options import DIFFUSERS
 from lightx2v.encoders import keymap as encoder_names
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.models.wan import keymap as wan_names
@@ -36,6 +37,8 @@ def detect(model_type: str, names: Collection[str], where: str) -> Naming:
 
     Raises CheckpointError for a mixture of layouts, ConfigError for one that cannot be converted.
     """
+    if model_type == DIFFUSERS:
+        return Naming("original", lambda name: name, lambda name: name)
     if model_type == "wan_t5":
         is_original = not any(name in names for name in (*_FIRST_T5, "embed_tokens.weight"))
         tied = _FIRST_T5[1] if _FIRST_T5[0] in names else ""  # the same embedding twice

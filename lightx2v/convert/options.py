@@ -49,6 +49,8 @@ class LayerRule:
     """Tensors whose name contains one of these are left out of the output."""
     ignore_quant_keys: tuple[str, ...] = ()
     """Tensors whose name contains one of these are not quantized."""
+    layers: frozenset[str] | None = None
+    """The layers by full name, where the model itself tells them: no component decides then."""
 
     def component(self, name: str) -> str:
         """The component of a name that decides; "" for a name that has too few."""
@@ -60,14 +62,21 @@ class LayerRule:
 
     def quantizes(self, name: str, shape: tuple[int, ...]) -> bool:
         """Whether the tensor of this original name and shape is the weight of a linear layer to quantize."""
-        chosen = self.component(name) in self.target_keys and not any(key in name for key in self.ignore_quant_keys)
+        if self.layers is None:
+            chosen = self.component(name) in self.target_keys
+        else:
+            chosen = name.removesuffix(".weight") in self.layers
+        chosen = chosen and not any(key in name for key in self.ignore_quant_keys)
         return chosen and len(shape) == 2 and name.endswith(".weight")
 
 
+DIFFUSERS = "diffusers"
+"""A transformer or UNet of diffusers, of any class: its config.json says which layers it has."""
 MODEL_TYPES: Mapping[str, LayerRule] = {
     "wan_dit": LayerRule(2, ("self_attn", "cross_attn", "ffn")),
     "wan_t5": LayerRule(2, ("attn", "ffn")),
     "wan_clip": LayerRule(3, ("attn", "mlp"), ignore_keys=("textual",)),
+    DIFFUSERS: LayerRule(0, ()),
 }
 
 
@@ -109,6 +118,8 @@ class Options:
     device: str = "cpu"
     parallel: bool = True
     verify: bool = False
+    layers: frozenset[str] | None = None
+    """`LayerRule.layers`, which planning fills in."""
 
     def __post_init__(self) -> None:
         """Raises ConfigError for values, and combinations of them, that make no sense."""
@@ -121,6 +132,8 @@ class Options:
             )
         if self.save_by_block and self.single_file:
             raise ConfigError("--save_by_block", "contradicts --single_file", do="give one of the two")
+        if self.direction is not None and self.model_type == DIFFUSERS:
+            raise ConfigError("--direction", f"has no meaning for model_type {DIFFUSERS}", do="leave it out")
         if self.save_by_block and self.pickled:
             raise ConfigError("--save_by_block", "writes .safetensors only", do="leave out one of it and -o_e .pth")
         if Path(self.output_name).name != self.output_name or not self.output_name:
@@ -140,7 +153,7 @@ class Options:
         idle = [flag for flag, value in given.items() if value not in (None, ())]
         if idle and not self.quantized:
             raise ConfigError(", ".join(idle), "has an effect only with --quantized", do="add --quantized")
-        if self.model_type != "wan_dit" and self.linear_type not in (None, *_OF_ENCODERS):
+        if self.model_type in ("wan_t5", "wan_clip") and self.linear_type not in (None, *_OF_ENCODERS):
             raise ConfigError("--linear_type", f"{self.linear_type} is for the DiT", allowed=", ".join(_OF_ENCODERS))
         if self.comfyui_mode and self.linear_type not in (None, "fp8", "fp8-pertensor"):
             raise ConfigError("--comfyui_mode", f"writes no {self.linear_type}", allowed="--linear_type fp8")
@@ -178,4 +191,5 @@ class Options:
             self.target_keys or usual.target_keys,
             usual.ignore_keys + self.ignore_keys,
             self.ignore_quant_keys,
+            None if self.target_keys or self.key_idx is not None else self.layers,
         )

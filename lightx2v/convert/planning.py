@@ -13,10 +13,13 @@ from lightx2v import __version__
 from lightx2v.convert import naming as names
 from lightx2v.convert.configs import output_config
 from lightx2v.convert.lora import Patch, read_loras
-from lightx2v.convert.options import MODEL_TYPES, LayerRule, Options
+from lightx2v.convert.options import DIFFUSERS, MODEL_TYPES, LayerRule, Options
 from lightx2v.convert.source import fingerprint, locate
 from lightx2v.convert.writer import Slot
 from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.foreign.build import empty_model
+from lightx2v.foreign.index import read_model
+from lightx2v.foreign.layers import quantizable
 from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.weights import Checkpoint
@@ -99,6 +102,9 @@ def scheme_name(spec: QSpec) -> str:
 def make_plan(options: Options) -> Plan:
     """Raises ConfigError or CheckpointError for whatever cannot work."""
     weights, config = locate(options.source, options.model_type)
+    if options.model_type == DIFFUSERS:
+        assert config is not None
+        options = replace(options, layers=frozenset(quantizable(empty_model(read_model(config.parent)))))
     checkpoint = Checkpoint.open(weights)
     _refuse_overwriting(options, checkpoint)
     naming = names.detect(options.model_type, checkpoint.tensors, str(weights))

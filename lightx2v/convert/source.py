@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lightx2v.convert.options import DIFFUSERS
 from lightx2v.errors import CheckpointError
+from lightx2v.foreign.index import weights_in
 from lightx2v.io import pickles
 from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.io.gguf import ENDING
@@ -34,6 +36,13 @@ def locate(source: Path, model_type: str) -> tuple[Path, Path | None]:
     folder = source if source.is_dir() else source.parent
     config: Path | None = folder / "config.json"
     weights = source
+    if model_type == DIFFUSERS:
+        if not (folder / "config.json").is_file():
+            raise CheckpointError(
+                str(folder), "has no config.json", do="give the pipeline's folder transformer or unet"
+            )
+        found = weights_in(folder) if source.is_dir() else None
+        return source if found is None else found[0], config
     if source.is_dir():
         models = [found for task in ("t2v", "i2v") if (found := _model(source, task))]
         parts = {getattr(model, _PARTS[model_type]): model for model in models} if models else {}

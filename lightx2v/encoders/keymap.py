@@ -121,6 +121,35 @@ CLIP = NameMap(
     linears=("attn.to_qkv", "attn.proj", "mlp.0", "mlp.2"),
 )
 
+T5_V1_1 = NameMap(
+    blocks=("encoder.block", "block"),
+    block={target: (target,) for targets in T5.block.values() for target in targets},
+    top={"shared": "embed_tokens", "encoder.final_layer_norm": "final_layer_norm"},
+    linears=tuple(T5.block[layer][0] for layer in T5.linears),
+)
+"""FLUX's text encoder: the original names are those of transformers' whole model, in every published file."""
+
+CLIP_TEXT = NameMap(
+    blocks=("text_model.encoder.layers", "encoder.layers"),
+    block={
+        layer: (layer,)
+        for layer in (
+            *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")),
+            *("layer_norm1", "layer_norm2", "mlp.fc1", "mlp.fc2"),
+        )
+    },
+    top={
+        "text_model.embeddings.token_embedding": "embeddings.token_embedding",
+        "text_model.embeddings.position_embedding": "embeddings.position_embedding",
+        "text_model.final_layer_norm": "final_layer_norm",
+    },
+    linears=(
+        *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "out_proj")),
+        *("mlp.fc1", "mlp.fc2"),
+    ),
+)
+"""CLIP's text tower; the newest versions of transformers leave the first component of the names out."""
+
 
 def is_t5_original(names: Iterable[str]) -> bool:
     return "token_embedding.weight" in names
@@ -161,6 +190,22 @@ def clip_linear_shapes(tensors: Mapping[str, Header], where: str) -> dict[str, t
     shapes = _linear_shapes(CLIP, originals, CLIP.layers(originals) - 1, where)
     # Apart in diffusers' files, and each of the three a third of what the original fuses.
     return {name: (3 * n, k) if name.endswith("to_qkv") else (n, k) for name, (n, k) in shapes.items()}
+
+
+def t5_v1_1_linear_shapes(tensors: Mapping[str, Header], where: str) -> dict[str, tuple[int, int]]:
+    """(N, K) of each layer of FLUX's T5 that can be quantized, as `t5_linear_shapes`."""
+    return _linear_shapes(T5_V1_1, tensors, T5_V1_1.layers(tensors), where)
+
+
+def clip_text_original(name: str) -> str:
+    """The original name of a tensor of CLIP's text tower, written by any version of transformers."""
+    return name if name.startswith(("text_model.", "text_projection.", "logit_scale")) else f"text_model.{name}"
+
+
+def clip_text_linear_shapes(tensors: Mapping[str, Header], where: str) -> dict[str, tuple[int, int]]:
+    """(N, K) of each layer of CLIP's text tower that can be quantized, as `t5_linear_shapes`."""
+    originals = {clip_text_original(name): info for name, info in tensors.items()}
+    return _linear_shapes(CLIP_TEXT, originals, CLIP_TEXT.layers(originals), where)
 
 
 def _linear_shapes(

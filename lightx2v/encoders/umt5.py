@@ -13,32 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loguru import logger
 from torch import Tensor, nn
-from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
+from transformers import UMT5Config, UMT5EncoderModel
 
 from lightx2v.encoders.keymap import T5, is_t5_original, t5_from_diffusers, t5_linear_shapes
 from lightx2v.encoders.loading import component_config, fill
+from lightx2v.encoders.t5_stack import meta_stack, weight_dtypes
+from lightx2v.encoders.tokens import load_tokenizer, tokenize
 from lightx2v.errors import CheckpointError
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.select import LayerPlan
 from lightx2v.platform import probe
-
-
-class GatedFeedForward(nn.Module):
-    """The feed-forward layer of transformers' UMT5 with the same submodules, for any kind of linear.
-
-    The layer of transformers casts to the dtype of `wo.weight`, which a swapped linear does not have.
-    """
-
-    def __init__(self, layer: Any) -> None:
-        super().__init__()
-        self.wi_0, self.wi_1, self.wo, self.act = layer.wi_0, layer.wi_1, layer.wo, layer.act
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.act(self.wi_0(x)) * self.wi_1(x)
-        # A float `wo` may be held in a wider dtype than the rest; a swapped one casts by itself.
-        return self.wo(x.to(self.wo.weight.dtype) if type(self.wo) is nn.Linear else x)
 
 
 def clean_prompt(text: str) -> str:
@@ -68,28 +53,13 @@ class TextEncoder:
         warning.
         """
         texts = [clean_prompt(prompt) for prompt in prompts]
-        tokens = self.tokenizer(
-            texts,
-            padding="max_length",
-            truncation=True,
-            max_length=text_len,
-            add_special_tokens=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
-        mask = tokens.attention_mask.bool()
-        self._warn_of_cuts(texts, mask, text_len)
+        all_ids, mask = tokenize(self.tokenizer, texts, text_len)
         # No token attends to padding and its rows are zeroed: leaving it out saves most of the time.
         used = int(mask.sum(dim=1).max())
-        ids, kept = tokens.input_ids[:, :used].to(self.device), mask[:, :used].to(self.device)
+        ids, kept = all_ids[:, :used].to(self.device), mask[:, :used].to(self.device)
         states = self.module(input_ids=ids, attention_mask=kept.long()).last_hidden_state
         states = states.to(self.dtype) * kept[..., None]
         return nn.functional.pad(states, (0, 0, 0, text_len - used)), mask.to(self.device)
-
-    def _warn_of_cuts(self, texts: list[str], mask: Tensor, text_len: int) -> None:
-        for text, full in zip(texts, mask.all(dim=1).tolist(), strict=True):
-            if full and (length := len(self.tokenizer(text).input_ids)) > text_len:
-                logger.warning("the prompt has {} tokens, only the first {} count: {}...", length, text_len, text[:40])
 
 
 def linear_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, int]]:
@@ -114,10 +84,7 @@ def load_text_encoder(
     checkpoint = Checkpoint.open(weights)
     original = is_t5_original(checkpoint.tensors)
     config = _config_from_shapes(checkpoint) if original else UMT5Config(**component_config(weights))
-    with torch.device("meta"):
-        module = UMT5EncoderModel(config).encoder.eval()
-    for block in module.block:
-        block.layer[1].DenseReluDense = GatedFeedForward(block.layer[1].DenseReluDense)
+    module = meta_stack(UMT5EncoderModel, config)
     fill(
         module,
         checkpoint,
@@ -125,13 +92,12 @@ def load_text_encoder(
         T5,
         device=device,
         dtype=dtype,
-        # float16 is too narrow for what `wo` adds up to, as transformers has found.
-        dtype_of=lambda name: torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype,
+        dtype_of=weight_dtypes(dtype),
         plans=quant_plans or {},
         auto_quant=auto_quant,
         where=str(weights),
     )
-    return TextEncoder(module, _load_tokenizer(tokenizer), device, dtype)
+    return TextEncoder(module, load_tokenizer(tokenizer, "google/umt5-xxl"), device, dtype)
 
 
 def _config_from_shapes(checkpoint: Checkpoint) -> UMT5Config:
@@ -163,12 +129,3 @@ def _routes(checkpoint: Checkpoint, original: bool) -> dict[str, tuple[str, ...]
     if "shared.weight" in routes and "encoder.embed_tokens.weight" in routes:
         routes["encoder.embed_tokens.weight"] = ()  # the same tensor twice
     return routes
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    if not folder.is_dir():
-        raise CheckpointError(str(folder), "the tokenizer folder is missing", do="copy the model's google/umt5-xxl")
-    try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(folder), f"no tokenizer could be read here: {error}") from error

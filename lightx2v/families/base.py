@@ -31,6 +31,11 @@ class PartSource:
     device: torch.device
     dtype: torch.dtype
     quant_plans: Mapping[str, LayerPlan]
+    config: Config
+
+
+def _open(path: Path, quantized: bool) -> Checkpoint:
+    return Checkpoint.open(path)
 
 
 @dataclass(frozen=True)
@@ -50,8 +55,18 @@ class Part:
     """Where LightX2V puts quantized files of it, below the model's folder; {kind} is int8 or fp8."""
     model_type: str | None = None
     """What the converter calls it."""
-    tasks: tuple[str, ...] | None = None
-    """The tasks that need it; None: all."""
+    needed: Callable[[Config], bool] = lambda config: True
+    """Whether a run with this configuration needs it."""
+    path: Callable[[Config], str | None] = lambda config: None
+    """Where the configuration says it is, in place of `file`."""
+    open: Callable[[Path, bool], Checkpoint] = _open
+    """From its path, and whether quantized weights are wanted as they are, to its tensors."""
+
+    def find(self, config: Config, files: Any) -> Path:
+        """Where its weights are, unquantized. Raises CheckpointError."""
+        given = self.path(config)
+        found: Path = files.require(self.file) if given is None else Path(given)
+        return found
 
 
 class Parts(Protocol):

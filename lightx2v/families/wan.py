@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from loguru import logger
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import ConfigError
 from lightx2v.families.base import Part, PartSource, Session
+from lightx2v.families.pictures import fitted
 from lightx2v.io.media import read_image
 from lightx2v.models.base import Branch, Conditions
+from lightx2v.models.wan.spec import WAN as SPEC
 from lightx2v.request import Request
+from lightx2v.vae.tae import load_tiny_decoder
+from lightx2v.vae.tiling import enable_tiling
 from lightx2v.vae.wan import image_condition, load_vae
 
 CLIP_TOKENS = 257
@@ -40,6 +41,24 @@ def _load_clip(source: PartSource) -> Any:
         dtype=source.dtype,
         quant_plans=source.quant_plans,
         num_heads=source.files.clip_num_heads,
+    )
+
+
+def _load_vae(source: PartSource) -> Any:
+    vae = load_vae(source.path, device=source.device)
+    if source.config.vae.tiling:
+        enable_tiling(vae.module)
+    return vae
+
+
+def _load_tae(source: PartSource) -> Any:
+    return load_tiny_decoder(
+        source.path,
+        channels=SPEC.latent_channels,
+        stride=SPEC.vae_stride,
+        device=source.device,
+        dtype=source.dtype,
+        scaled=source.config.vae.tae_scaled,
     )
 
 
@@ -69,9 +88,24 @@ class Wan:
                 "models_clip_open-clip-xlm-roberta-large-vit-huge-14-{kind}.pth",
             ),
             model_type="wan_clip",
-            tasks=("i2v",),
+            needed=lambda config: config.task == "i2v",
         ),
-        Part("vae", "vae", "vae", lambda source: load_vae(source.path, device=source.device)),
+        Part(
+            "vae",
+            "vae",
+            "vae",
+            _load_vae,
+            needed=lambda config: config.task == "i2v" or not config.vae.tae,
+            path=lambda config: config.vae.path,
+        ),
+        Part(
+            "tae",
+            "vae",
+            "tiny_vae",
+            _load_tae,
+            needed=lambda config: config.vae.tae,
+            path=lambda config: config.vae.tae_path,
+        ),
     )
 
     def check(self, request: Request) -> None:
@@ -105,7 +139,7 @@ class Wan:
         picture = read_image(request.image_path)
         with session.use("clip") as encoder, session.timer.stage("encode image (CLIP)"):
             tokens: Tensor = encoder.encode([picture])
-        tensor = first_frame(picture, request.height, request.width).to(session.device)
+        tensor = fitted(picture, request.height, request.width).to(session.device)
         with session.use("vae") as vae, session.timer.stage("encode image (VAE)"):
             return tokens, image_condition(vae, tensor, request.frames)
 
@@ -113,16 +147,9 @@ class Wan:
         return None
 
     def decode(self, session: Session, latents: Tensor) -> Tensor:
-        with session.use("vae") as vae, session.timer.stage("decode"):
+        with session.use("tae" if session.config.vae.tae else "vae") as vae, session.timer.stage("decode"):
             video: Tensor = vae.decode(latents)
         return video
-
-
-def first_frame(picture: Image.Image, height: int, width: int) -> Tensor:
-    """The middle of `picture` in the video's aspect ratio, resized: [3, height, width] float32 in [-1, 1]."""
-    fitted = ImageOps.fit(picture, (width, height), method=Image.Resampling.LANCZOS)
-    pixels = torch.from_numpy(np.array(fitted, dtype=np.float32))
-    return pixels.permute(2, 0, 1) / 127.5 - 1
 
 
 WAN = Wan()

@@ -31,6 +31,14 @@ class RunInfo:
     time: TimeEmbedding
     """Of all steps."""
     blocks: int
+    forwards: tuple[tuple[int, Branch], ...] = ()
+    """Every forward of the request in order; empty: each step runs every branch."""
+    restarts: tuple[int, ...] = ()
+    """Steps at which the latents change their shape: what was kept of steps before them no longer fits."""
+
+    def runs(self) -> tuple[tuple[int, Branch], ...]:
+        """Every forward of the request in order, by step and branch."""
+        return self.forwards or tuple((step, branch) for step in range(self.steps) for branch in self.branches)
 
 
 class StackFeature(Protocol):

@@ -24,3 +24,5 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 HEADER_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 FLOAT_NAMES = ("F64", "F32", "F16", "BF16")
 """Dtypes of weights that are not quantized."""
+DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a number in the dtypes that a model may compute in."""

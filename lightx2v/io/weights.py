@@ -76,6 +76,10 @@ class Checkpoint:
                     for name in here:
                         yield name, read(name)
 
+    def stored(self, name: str) -> TensorInfo | None:
+        """Where the bytes of a tensor lie, if they are in a file as `stream` gives them."""
+        return self.tensors.get(name)
+
     def load(self, name: str) -> Tensor:
         """A copy of one tensor in the memory of this process."""
         return next(tensor for _, tensor in self.stream([name])).clone()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,8 @@ from lightx2v.registry import Registry
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from lightx2v.io.weights import Checkpoint
 
 DEFAULTS_FILE = "lightx2v_defaults.json"
 """Optional file of a model directory: `{"<task>": {"steps": 20, ...}}`, in place of the family's own defaults."""
@@ -24,7 +26,8 @@ class Defaults:
     """Run settings that hold where neither the JSON nor the command line gives one. Sizes in pixels."""
 
     steps: int
-    shift: float
+    shift: float | None
+    """None: as the schedule of the checkpoint says, which may go by the number of tokens."""
     guidance: float
     solver: str
     height: int
@@ -59,11 +62,15 @@ class FamilySpec:
     dit: str
     layout: str
     keymap: str
-    """Module with `to_original` and `is_unused`."""
+    """Module with `to_original`, `aliases` and `is_unused`."""
     family: str
     """The `families.base.Family`: what surrounds the DiT."""
     embedded_guidance: bool = False
     """Whether the DiT takes the guidance scale as an input; classifier-free guidance is then off by default."""
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Run settings in place of `defaults` for the models that `files.variant` tells apart."""
+    translate: str | None = None
+    """Function from a `Checkpoint` of any layout to one of the DiT alone, in the original's pieces; None: all are."""
 
     @property
     def surroundings(self) -> Any:
@@ -79,10 +86,27 @@ class FamilySpec:
         """Find the files of a checkpoint of this family for `task`. Raises CheckpointError."""
         return _attribute(self.layout)(model_path, task)
 
+    def open(self, path: str | Path) -> Checkpoint:
+        """The DiT's checkpoint: `original_name` gives the model's names, one to one. Raises CheckpointError."""
+        from lightx2v.io.weights import Checkpoint
+
+        checkpoint = Checkpoint.open(path)
+        return checkpoint if self.translate is None else _attribute(self.translate)(checkpoint)
+
     def original_name(self, name: str) -> str:
         """The original name of a tensor of any layout of the family; a name that is not known is returned as it is."""
         renamed: str = _attribute(f"{self.keymap}:to_original")(name)
         return renamed
+
+    def aliases(self, name: str, shape: tuple[int, ...]) -> Iterable[tuple[str, tuple[str, int, int | None, int]]]:
+        """Other names of an original tensor of `shape`, in checkpoints and LoRAs, and of parts of it.
+
+        Each with (original, start, stop, first): its rows from `first` on are the rows [start, stop) of `original`.
+        """
+        found: Iterable[tuple[str, tuple[str, int, int | None, int]]] = _attribute(f"{self.keymap}:aliases")(
+            name, shape
+        )
+        return found
 
     def is_unused(self, name: str) -> bool:
         """Whether published checkpoints hold this tensor although no layer reads it; such a tensor is left out."""
@@ -92,8 +116,9 @@ class FamilySpec:
     def load_defaults(self, files: ModelFiles, task: str) -> dict[str, Any]:
         """Run settings for `task`: the family's, or those that the checkpoint ships in `lightx2v_defaults.json`."""
         path = files.root / DEFAULTS_FILE
+        variant = self.variants.get(getattr(files, "variant", ""), {})
         shipped = _read_defaults(path, self.tasks).get(task, {}) if path.is_file() else {}
-        return asdict(replace(self.defaults[task], **shipped))
+        return asdict(replace(self.defaults[task], **{**variant, **shipped}))
 
     def check_size(self, height: int, width: int, frames: int) -> None:
         """Raise ConfigError, with the nearest sizes, where VAE stride and patches do not divide the video."""
@@ -108,8 +133,9 @@ class FamilySpec:
         return (self.latent_channels, (frames - 1) // t + 1, height // h, width // w)
 
 
-FAMILIES: Registry[FamilySpec] = Registry("model_cls")
+FAMILIES: Registry[FamilySpec] = Registry("model_cls", beside=("diffusers",))
 FAMILIES.add("wan2.1", "lightx2v.models.wan.spec:WAN")
+FAMILIES.add("flux", "lightx2v.models.flux.spec:FLUX")
 
 
 def _attribute(path: str) -> Any:
@@ -130,7 +156,8 @@ def _check_multiple(key: str, value: int, multiple: int, offset: int) -> None:
 
 def _read_defaults(path: Path, tasks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The checked content of a `lightx2v_defaults.json`."""
-    types = {field.name: {"int": int, "float": (int, float), "str": str}[str(field.type)] for field in fields(Defaults)}
+    kinds = {"int": int, "float": (int, float), "float | None": (int, float), "str": str}
+    types = {field.name: kinds[str(field.type)] for field in fields(Defaults)}
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:

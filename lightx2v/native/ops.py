@@ -26,7 +26,7 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "lx_linear_fp8_block": ([*_LINEAR, *[_POINTER] * 3], ctypes.c_bool),
     "lx_attention": ([*[_POINTER] * 7, *[_SIZE] * 5, _FLOAT], ctypes.c_bool),
     "lx_layer_norm": ([*[_POINTER] * 4, *[_SIZE] * 4, _FLOAT, _FLAG], None),
-    "lx_rms_rope": ([_POINTER, _SIZE, *[_POINTER] * 4, *[_SIZE] * 4, _FLOAT, _FLAG], None),
+    "lx_rms_rope": ([_POINTER, _SIZE, *[_POINTER] * 4, *[_SIZE] * 5, _FLOAT, _FLAG], None),
     "lx_add_gated": ([*[_POINTER] * 4, *[_SIZE] * 4, _FLAG], None),
     "lx_gelu_tanh": ([*[_POINTER] * 2, _SIZE, _FLAG], None),
 }
@@ -133,16 +133,16 @@ def layer_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: tor
 def rms_rope(
     x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, heads: int, eps: float
 ) -> Tensor:
-    """RMS norm of x [B, L, D] with a float32 weight [D], then the rotary embedding of `heads` heads; dense.
+    """RMS norm of x [B, L, D] with a float32 weight, then the rotary embedding of `heads` heads; dense.
 
-    Without `weight` no norm, without `cosines` and `sines` (float32 [L, D / heads / 2]) no rotation.
+    With a weight [D] the norm is over D, with one of [D / heads] that of each head. Without `weight` no norm, without `cosines` and `sines` (float32 [L, D / heads / 2]) no rotation.
     """
     batch, tokens, width = x.shape
     if x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1)):
         x = x.contiguous()
     y = torch.empty(x.shape, dtype=x.dtype)
     tables = [None if table is None else table.contiguous() for table in (weight, cosines, sines)]
-    sizes = (batch * tokens, tokens, heads, width // heads)
+    sizes = (batch * tokens, tokens, heads, width // heads, width if weight is None else weight.shape[0])
     _kernel("lx_rms_rope")(_at(x), x.stride(1), *map(_at, tables), _at(y), *sizes, eps, x.dtype == torch.float32)
     return y
 

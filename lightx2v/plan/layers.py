@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from lightx2v.config.schema import MMRule
 from lightx2v.errors import CheckpointError
@@ -37,6 +38,8 @@ class ComponentPlan:
     unused_rules: tuple[MMRule, ...] = ()
     once_bytes: int = 0
     """Of the weights that are read once per request, before its loop, and given up for it."""
+    layer_bytes: Mapping[str, int] = field(default_factory=dict)
+    """Of each quantized weight with its scales."""
 
     @property
     def loop_bytes(self) -> int:
@@ -46,6 +49,26 @@ class ComponentPlan:
     def by_name(self) -> dict[str, LayerPlan]:
         """The plans by layer name, as `swap_linears` takes them."""
         return {layer.name: layer for layer in self.layers}
+
+    def to_json(self) -> dict[str, Any]:
+        """What `Plan.to_json` tells of it."""
+        return {
+            "checkpoint": str(self.checkpoint),
+            "weight_bytes": self.loop_bytes,
+            "read_once_bytes": self.once_bytes,
+            "quantized_at_load": self.auto_quant,
+            "layers": [
+                {
+                    "name": layer.name,
+                    "mm_type": layer.mm_type,
+                    "library": layer.library,
+                    "reason": layer.reason,
+                    "shape": [layer.out_features, layer.in_features],
+                }
+                for layer in self.layers
+            ],
+            "rules_without_match": [rule.match for rule in self.unused_rules],
+        }
 
     def quantized(self) -> dict[str, LayerPlan]:
         """Those of them that are not plain floats."""
@@ -204,13 +227,14 @@ def plan_component(
         _check_kinds(layers, of_layers, str(path))
         _check_order(layers, of_layers, str(path))
     quantized = {planned.name: planned for planned in layers if planned.scheme.weight is not None}
-    total = sum(_layer_bytes(planned, of_layers[name], device) for name, planned in quantized.items())
+    packed = {name: _layer_bytes(planned, of_layers[name], device) for name, planned in quantized.items()}
+    total = sum(packed.values())
     for tensor_name, info in tensors.items():
         layer_name, _, leaf = tensor_name.rpartition(".")
         if layer_name not in quantized or leaf == "bias":
             total += math.prod(info.shape) * dtype_bytes
     given_up = sum(math.prod(tensors[name].shape) * dtype_bytes for name in once if name in tensors)
-    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused), given_up)
+    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused), given_up, packed)
 
 
 def _layer_bytes(layer: LayerPlan, leaves: Mapping[str, TensorInfo], device: DeviceInfo) -> int:

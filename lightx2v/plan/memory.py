@@ -35,15 +35,17 @@ def estimate(
     frame_pixels: int,
     vae_dim: int,
     unload: bool,
+    idle: Mapping[str, int] | None = None,
     once: int = 0,
     remembered: int = 0,
     ffn_rows: int | None = None,
 ) -> MemoryEstimate:
     """Peak bytes of the stages text, image, prepare, denoise and decode.
 
-    `kinds` says what each part with weights is: "dit", "text_encoder", "image_encoder" or "vae". `once` are the bytes
-    that the DiT gives up for the loop, `tokens` is the length of its sequence, `remembered` what is kept from step to
-    step, `ffn_rows` the rows that a feed-forward takes at a time (None: all), `frame_pixels` = height * width,
+    `kinds` says what each part with weights is: "dit", "text_encoder", "image_encoder" or "vae". `weights` are the
+    bytes of each while it is in use, `idle` what stays of it otherwise, for those of which that is less. `once` are the
+    bytes that the DiT gives up for the loop, `tokens` is the length of its sequence, `remembered` what is kept from
+    step to step, `ffn_rows` the rows that a feed-forward takes at a time (None: all), `frame_pixels` = height * width,
     `vae_dim` the VAE's base channels. The DiT holds, besides its weights, about eight [L, D] tensors in the compute
     dtype, three in float32 and two [L, ffn]; the VAE about six feature maps of four frames at full size in float32,
     and the frames twice.
@@ -60,11 +62,11 @@ def estimate(
         "denoise": ("dit",),
         "decode": ("vae",),
     }
-    everything = sum(weights.values())
+    kept = dict.fromkeys(weights, 0) if unload else {**weights, **(idle or {})}
     return MemoryEstimate(
         {
             stage: work[stage]
-            + (sum(size for name, size in weights.items() if kinds[name] in needs[stage]) if unload else everything)
+            + sum(size if kinds[name] in needs[stage] else kept[name] for name, size in weights.items())
             for stage in needs
             if stage != "image" or "image_encoder" in there
         }

@@ -17,7 +17,9 @@ from lightx2v.platform import select_device
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "lightx2v" / "assets" / "tiny-wan"
-CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if path.name != "schema.json")
+OF_MODEL = {"quantization", "wan"}
+"""Folders of configurations for the embedded model."""
+CONFIGS = sorted(path for path in (ROOT / "configs").rglob("*.json") if path.parent.name in OF_MODEL)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,11 @@ import pytest
 from loguru import logger
 
 from lightx2v import cli, doctor, infer
+from lightx2v.attention.base import ATTENTION
 from lightx2v.config.load import load_config
 from lightx2v.config.schema import Config, schema_text
 from lightx2v.errors import ConfigError, ResourceError
+from lightx2v.platform import select_device
 
 GENERATE_FLAGS = """
 -h --help --debug --model_cls --task --model_path --prompt --negative_prompt --image_path --device --config_json --seed
@@ -51,10 +53,13 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         configs.append(config)
         return Path("made.mp4")
 
-    plan, runner = types.ModuleType("lightx2v.plan"), types.ModuleType("lightx2v.runner")
-    monkeypatch.setattr(plan, "resolve", lambda config, device: FakePlan(config), raising=False)
+    def open_plan(config: Config) -> FakePlan:
+        select_device(config.device)
+        return FakePlan(config)
+
+    runner = types.ModuleType("lightx2v.runner")
     monkeypatch.setattr(runner, "generate", generate, raising=False)
-    monkeypatch.setitem(sys.modules, "lightx2v.plan", plan)
+    monkeypatch.setattr(runner, "open_plan", open_plan, raising=False)
     monkeypatch.setitem(sys.modules, "lightx2v.runner", runner)
     return configs
 
@@ -248,7 +253,7 @@ def test_doctor_reports_every_library(capsys: pytest.CaptureFixture[str]) -> Non
     assert report["devices"][-1]["torch_name"] == "cpu"
     assert report["packages"]["torch"]["version"] == torch.__version__
     assert set(report["kernels"]) == {*doctor.KERNELS, "onednn", "cpu kernels"}
-    assert set(report["attention"]) == {*doctor.ATTENTION, "torch_sdpa"}
+    assert list(report["attention"]) == list(ATTENTION)
     for entry in [*report["packages"].values(), *report["kernels"].values(), *report["attention"].values()]:
         assert bool(entry["version"]) != bool(entry["reason"])
         assert bool(entry["reason"]) == bool(entry["install"] or entry["needs"])

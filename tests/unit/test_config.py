@@ -259,7 +259,7 @@ def _example(old: str, new: str) -> tuple[object, object]:
     if new in LISTS:
         return LISTS[new]
     section, _, key = new.partition(".")
-    switch = section in ("offload", "vae") and key not in ("workers", "max_memory_gb", "tae_path")
+    switch = section in ("offload", "vae") and key not in ("workers", "max_memory_gb", "tae_path", "path")
     if key == "quantized":
         return False, False  # true wants a scheme beside it
     if switch or new in SWITCHES or key == "use_ret_steps":

@@ -13,10 +13,11 @@ from lightx2v.config.load import load_config
 from lightx2v.config.schema import EncoderConfig
 from lightx2v.encoders import clip_vision
 from lightx2v.errors import ConfigError
+from lightx2v.families.wan import WAN
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.select import LayerPlan, plan_layer
-from lightx2v.plan.resolve import _plan_encoder, _quantized_encoder
+from lightx2v.plan.encoders import _quantized_encoder, plan_encoder
 from lightx2v.platform import DeviceInfo
 from tests.contracts import vendors
 from tests.models import test_encoder_quantization as encoders
@@ -25,6 +26,7 @@ from tests.models import tiny_encoders as tiny
 #: A device of compute capability 9.0 whose tensors are in RAM, so that the stand-ins can compute.
 HOPPER = DeviceInfo("cpu", 0, "a Hopper GPU", (9, 0), 1, 1)
 CPU = DeviceInfo("cpu", 0, "a CPU", None, 1, 1)
+PARTS = {part.name: part for part in WAN.parts}
 #: Scheme name of an encoder -> the library that computes it; None leaves that to the engine.
 SCHEMES = {
     "int8": None,
@@ -72,7 +74,7 @@ def test_the_configuration_takes_it_under_both_names(name: str, scheme: str) -> 
         {f"{name}_quantized": True, f"{name}_quant_scheme": scheme, f"{name}_quantized_ckpt": "file.pth"},
     ):
         encoder = getattr(load_config(None, given), name)
-        assert _quantized_encoder(name, encoder, None, Path("original")) == (Path("file.pth"), scheme)
+        assert _quantized_encoder(PARTS[name], encoder, None, Path("original")) == (Path("file.pth"), scheme)
 
 
 @pytest.mark.parametrize("scheme", [*SCHEMES, "auto", "W-int8-channel-sym-A-int8-channel-sym-dynamic-Vllm"])
@@ -83,10 +85,10 @@ def test_without_a_path_the_usual_places_are_looked_at(name: str, scheme: str, t
     stem = {"t5": "models_t5_umt5-xxl-enc", "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14"}[name]
     place = tmp_path / f"{stem}-{kind}.pth"
     with pytest.raises(ConfigError, match="no converted file lies in its usual places") as caught:
-        _quantized_encoder(name, encoder, files, tmp_path)
+        _quantized_encoder(PARTS[name], encoder, files, tmp_path)
     assert str(place) in str(caught.value)
     place.touch()
-    assert _quantized_encoder(name, encoder, files, tmp_path) == (place, scheme)
+    assert _quantized_encoder(PARTS[name], encoder, files, tmp_path) == (place, scheme)
 
 
 def test_auto_does_not_guess_between_two_files(tmp_path: Path) -> None:
@@ -94,14 +96,14 @@ def test_auto_does_not_guess_between_two_files(tmp_path: Path) -> None:
     for kind in ("int8", "fp8"):
         (tmp_path / f"models_t5_umt5-xxl-enc-{kind}.pth").touch()
     with pytest.raises(ConfigError, match="several files could be meant") as caught:
-        _quantized_encoder("t5", encoder, files, tmp_path)
+        _quantized_encoder(PARTS["t5"], encoder, files, tmp_path)
     assert caught.value.do == "set it, or name the scheme as t5.quant_scheme"
 
 
 def test_an_unknown_name_is_told_with_the_nearest_known_one(tmp_path: Path) -> None:
     encoder = EncoderConfig(quantized=True, quant_scheme="int8-vlm")
     with pytest.raises(ConfigError, match="did you mean 'int8-vllm'"):
-        _quantized_encoder("t5", encoder, SimpleNamespace(root=tmp_path), tmp_path)
+        _quantized_encoder(PARTS["t5"], encoder, SimpleNamespace(root=tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("stored", ["int8", "fp8", "fp8-b128"])
@@ -109,9 +111,9 @@ def test_an_unknown_name_is_told_with_the_nearest_known_one(tmp_path: Path) -> N
 def test_auto_reads_what_the_checkpoint_holds(name: str, stored: str, tmp_path: Path) -> None:
     files, _, linear_shapes = encoders.write(name, tmp_path)
     encoders.quantize_file(files[0], linear_shapes(Checkpoint.open(files[0])), f"{stored}-reference")
-    encoder = EncoderConfig(quantized=True, quant_scheme="auto", quantized_ckpt=str(files[0]))
-    config = load_config(None, {"model_cls": "wan2.1"})
-    planned = _plan_encoder(name, encoder, config, None, files[0], CPU)
+    settings = {"quantized": True, "quant_scheme": "auto", "quantized_ckpt": str(files[0])}
+    config = load_config(None, {"model_cls": "wan2.1", name: settings})
+    planned = plan_encoder(PARTS[name], config, SimpleNamespace(require=lambda part: files[0]), CPU)
     assert planned.layers and {plan.scheme.numerics for plan in planned.layers} == {parse(stored).numerics}
 
 

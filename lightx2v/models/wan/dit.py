@@ -22,7 +22,7 @@ from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
 from lightx2v.elementwise import Rope, add_gated, layer_norm, modulated_norm, norm_rope
 from lightx2v.errors import ConfigError
-from lightx2v.mm.together import feed_forward, project
+from lightx2v.mm.together import project
 from lightx2v.models.base import (
     AttentionPart,
     Branch,
@@ -33,18 +33,10 @@ from lightx2v.models.base import (
     TimeEmbedding,
     run_blocks,
 )
+from lightx2v.models.layers import FeedForward, Float32Linear, dtype_of, rope_angles, timestep_embedding
 from lightx2v.models.wan.arch import WanArch
 
 KeysValues = tuple[Tensor, Tensor]
-
-
-def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
-    """Sinusoids of `timestep` [B], cosines first: [B, dim] float32. The angles are float64 as in the original."""
-    exact = torch.float32 if timestep.device.type == "mps" else torch.float64
-    half = dim // 2
-    rates = torch.arange(half, dtype=exact, device=timestep.device).mul_(-math.log(10000) / half).exp_()
-    angles = timestep.to(exact)[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], dim=1).float()
 
 
 def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
@@ -56,25 +48,12 @@ def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
     planes = (head_dim // 2 - 2 * spatial, spatial, spatial)
     angles = []
     for axis, (length, count) in enumerate(zip(grid, planes, strict=True)):
-        rates = 10000.0 ** -(torch.arange(count, dtype=torch.float64) / count)
         shape = [1, 1, 1, count]
         shape[axis] = length
-        along = torch.outer(torch.arange(length, dtype=torch.float64), rates)
+        along = rope_angles(torch.arange(length), 2 * count)
         angles.append(along.view(shape).expand(*grid, count))
     angle = torch.cat(angles, dim=-1).reshape(-1, 1, head_dim // 2)
     return angle.cos().float(), angle.sin().float()
-
-
-def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype that `module`, none of whose layers is ever quantized, computes in."""
-    return next(module.parameters()).dtype
-
-
-class Float32Linear(nn.Linear):
-    """Computed in float32 whatever its weights are held in: for the time embedding, which is made once per request."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.float(), self.bias.float())
 
 
 class LayerNorm(nn.LayerNorm):
@@ -139,18 +118,6 @@ class CrossAttention(SelfAttention):
         return self.o(out.flatten(2))
 
 
-class FeedForward(nn.Sequential):
-    """Two linears with a GELU (tanh) between them."""
-
-    def __init__(self, arch: WanArch) -> None:
-        super().__init__(
-            nn.Linear(arch.dim, arch.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(arch.ffn_dim, arch.dim)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return feed_forward(x, self[0], self[2])
-
-
 class Block(nn.Module):
     """Self-attention, cross-attention, feed-forward; the first and the last are modulated by the time embedding."""
 
@@ -166,7 +133,7 @@ class Block(nn.Module):
         self.self_attn = SelfAttention(arch)
         self.norm3 = LayerNorm(arch.dim, arch.eps) if arch.cross_attn_norm else None
         self.cross_attn = CrossAttention(arch)
-        self.ffn = FeedForward(arch)
+        self.ffn = FeedForward(arch.dim, arch.ffn_dim)
         self.modulation = nn.Parameter(torch.randn(1, 6, arch.dim) / arch.dim**0.5)
 
     def forward(self, stream: Stream, context: StepContext) -> Stream:

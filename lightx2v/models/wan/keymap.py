@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 TOP = {
     "patch_embedding": "patch_embedding",
@@ -50,6 +50,11 @@ def to_diffusers(name: str) -> str:
 def to_original(name: str) -> str:
     """The original name of a tensor or layer of diffusers; a name that is not in the tables is returned as it is."""
     return _rename(name, _TOP_BACK, _BLOCK_BACK)
+
+
+def aliases(original: str, shape: tuple[int, ...]) -> Iterator[tuple[str, tuple[str, int, int | None, int]]]:
+    """diffusers' name of the tensor `original`, and (original, start, stop, first): all of it."""
+    yield to_diffusers(original), (original, 0, None, 0)
 
 
 def is_unused(name: str) -> bool:

@@ -26,9 +26,10 @@ _WANTED = {
     "tokenizer": "the tokenizer: google/umt5-xxl/, or tokenizer/",
     "vae": "the VAE: Wan2.1_VAE.pth or .safetensors, or vae/",
     "image_encoder": "the image encoder: models_clip_*.pth or .safetensors, or image_encoder/",
+    "tiny_vae": "the tiny autoencoder: taew2_1.pth or lighttaew2_1.pth; vae.tae_path names one that is elsewhere",
 }
 
-Part = Literal["dit", "text_encoder", "tokenizer", "vae", "image_encoder"]
+Part = Literal["dit", "text_encoder", "tokenizer", "vae", "image_encoder", "tiny_vae"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class WanFiles:
     tokenizer: Path | None
     vae: Path | None
     image_encoder: Path | None
+    tiny_vae: Path | None
     image_processor: Path | None
     clip_num_heads: int | None
     """Heads of an image encoder that is not ViT-H/14, where `config.json` says."""
@@ -103,6 +105,7 @@ def _diffusers(root: Path) -> WanFiles:
         tokenizer=folder("tokenizer"),
         vae=folder("vae"),
         image_encoder=folder("image_encoder"),
+        tiny_vae=_named(root, "taew2_1") or _named(root, "lighttaew2_1"),
         image_processor=folder("image_processor"),
         clip_num_heads=None,
     )
@@ -133,6 +136,7 @@ def _original(root: Path, task: str) -> WanFiles:
         tokenizer=next(iter(tokenizers), None),
         vae=_named(root, "wan2.1_vae"),
         image_encoder=_named(root, "models_clip"),
+        tiny_vae=_named(root, "taew2_1") or _named(root, "lighttaew2_1"),
         image_processor=None,
         clip_num_heads=next(filter(None, heads), None),
     )

@@ -47,7 +47,7 @@ inline void rotate(const float* x, const float* cosines, const float* sines, int
 
 template <class T>
 void rms_rope(const T* x, int64_t stride, const float* weight, const float* cosines, const float* sines, T* y, int64_t rows,
-              int64_t rows_per_batch, int64_t heads, int64_t dim, float eps) {
+              int64_t rows_per_batch, int64_t heads, int64_t dim, int64_t span, float eps) {
   const int64_t width = heads * dim;
 #pragma omp parallel
   {
@@ -56,13 +56,16 @@ void rms_rope(const T* x, int64_t stride, const float* weight, const float* cosi
     for (int64_t row = 0; row < rows; ++row) {
       const T* from = x + row * stride;
       T* to = y + row * width;
-      float squares = 0;
-#pragma omp simd reduction(+ : squares)
-      for (int64_t i = 0; i < width; ++i) squares += load(from + i) * load(from + i);
-      const float inverse = weight ? 1.0f / std::sqrt(squares / float(width) + eps) : 1.0f;
       float* normed = values.get();
+      for (int64_t first = 0; first < width; first += span) {
+        const T* part = from + first;
+        float squares = 0;
+#pragma omp simd reduction(+ : squares)
+        for (int64_t i = 0; i < span; ++i) squares += load(part + i) * load(part + i);
+        const float inverse = weight ? 1.0f / std::sqrt(squares / float(span) + eps) : 1.0f;
 #pragma omp simd
-      for (int64_t i = 0; i < width; ++i) normed[i] = load(from + i) * inverse * (weight ? weight[i] : 1.0f);
+        for (int64_t i = 0; i < span; ++i) normed[first + i] = load(part + i) * inverse * (weight ? weight[i] : 1.0f);
+      }
       if (cosines) {
         const int64_t angle = row % rows_per_batch * (dim / 2);
         for (int64_t head = 0; head < heads; ++head)
@@ -115,16 +118,18 @@ void lx_layer_norm(const float* x, const float* factor, const float* offset, voi
     layer_norm(x, factor, offset, static_cast<bf16*>(y), rows, width, rows_per_batch, batch_stride, eps);
 }
 
-// RMS norm over heads * dim (none when weight is null), then the rotary embedding of each head (none when cosines is
-// null). Rows of x are `stride` elements apart, those of y are dense; cosines and sines [rows_per_batch, dim / 2].
+// RMS norm of every `span` of the heads * dim components, a head or all of them, with weight [span] (none when it is
+// null), then the rotary embedding of each head (none when cosines is null). Rows of x are `stride` elements apart, those
+// of y are dense; cosines and sines [rows_per_batch, dim / 2].
 void lx_rms_rope(const void* x, int64_t stride, const float* weight, const float* cosines, const float* sines, void* y,
-                 int64_t rows, int64_t rows_per_batch, int64_t heads, int64_t dim, float eps, int is_float) {
+                 int64_t rows, int64_t rows_per_batch, int64_t heads, int64_t dim, int64_t span, float eps,
+                 int is_float) {
   if (is_float)
     rms_rope(static_cast<const float*>(x), stride, weight, cosines, sines, static_cast<float*>(y), rows, rows_per_batch,
-             heads, dim, eps);
+             heads, dim, span, eps);
   else
     rms_rope(static_cast<const bf16*>(x), stride, weight, cosines, sines, static_cast<bf16*>(y), rows, rows_per_batch,
-             heads, dim, eps);
+             heads, dim, span, eps);
 }
 
 // out = x + y * gate (x + y when gate is null); out may be x.
