@@ -17,17 +17,18 @@ if TYPE_CHECKING:
 
 SETTING_FLAGS = (
     ("model_cls", "model family (wan2.1, flux), or diffusers for a pipeline directory of it"),
-    ("task", "t2v: text to video; i2v: image and text to video"),
+    ("task", "t2v, i2v, t2i or i2i: what is made of what, text, image or video"),
     ("model_path", "directory of the checkpoint; without it the embedded tiny-wan runs"),
     ("prompt", "what to show"),
     ("negative_prompt", "what to keep away from"),
-    ("image_path", "first frame, for i2v"),
+    ("image_path", "first frame for i2v, or the image to change for i2i"),
     ("device", "auto, cpu, or another kind of device with or without an index (xpu:1)"),
 )
 HELP = {
-    "generate": "Make a video from a prompt, and from an image for i2v.",
+    "generate": "Make a video or an image from a prompt, and from an image.",
     "explain": "Print what would run, on which kernels and why, without loading weights.",
     "convert": "Convert a checkpoint: layout, quantization, LoRA.",
+    "calibrate": "Measure what a feature cache has to know of a model.",
     "eval": "Measure a quantization against the unquantized model.",
     "bench": "Measure speed, and other libraries' speed beside it.",
     "doctor": "Print the devices, the versions, and which kernel libraries are there.",
@@ -65,7 +66,7 @@ def run_parser(prog: str, description: str, dry_run: bool) -> Parser:
         "--save_result_path",
         "--save_video_path",
         metavar="PATH",
-        help="result: .mp4, .gif, .webp, .png, or a folder ending in '/' (default: ./output_lightx2v.mp4)",
+        help="result: .mp4, .gif, .webp, .png, or a folder ending in '/' (default: ./output_lightx2v.mp4 or .png)",
     )
     parser.add_argument("--use_prompt_enhancer", action="store_true", help="not supported by this version")
     parser.add_argument(
@@ -167,10 +168,18 @@ def bench(prog: str, argv: Sequence[str]) -> int:
     return run(argv, prog)
 
 
+def calibrate(prog: str, argv: Sequence[str]) -> int:
+    start_log("--debug" in argv)
+    from lightx2v.calibrate.cli import main as run
+
+    return run(argv, prog)
+
+
 VERBS: dict[str, Callable[[str, Sequence[str]], int]] = {
     "generate": generate,
     "explain": explain,
     "convert": convert,
+    "calibrate": calibrate,
     "eval": evaluate,
     "bench": bench,
     "doctor": doctor,

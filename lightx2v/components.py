@@ -38,9 +38,9 @@ class LoadedDiT:
 
     model: Any
     once: OnceParts
+    loras: Loras
     graphs: Graphs | None = None
     offloaded: Offloaded | None = None
-    loras: Loras | None = None
 
 
 def load_dit(plan: Plan) -> LoadedDiT:
@@ -71,7 +71,7 @@ def load_dit(plan: Plan) -> LoadedDiT:
         compile_blocks(model)  # type: ignore[arg-type]
     record = platform.graph_recorder(plan.device) if config.graphs else None
     graphs = None if record is None else Graphs(record)
-    return LoadedDiT(model.eval(), OnceParts(model, source, device, where), graphs, offloaded, loras)
+    return LoadedDiT(model.eval(), OnceParts(model, source, device, where), loras, graphs, offloaded)
 
 
 def empty_dit(

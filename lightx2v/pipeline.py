@@ -8,13 +8,14 @@ frames = pipe.generate(seed=42, prompt="a cat on the grass", save_result_path="c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from loguru import logger
 
+from lightx2v.config.features import LoraConfig
 from lightx2v.config.load import load_config
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
@@ -92,6 +93,57 @@ class LightX2VPipeline:
                 }
         return self._set(values)
 
+    def enable_offload(
+        self,
+        cpu_offload: bool = True,
+        offload_granularity: str = "block",
+        text_encoder_offload: bool = False,
+        image_encoder_offload: bool = False,
+        vae_offload: bool = False,
+        offload_ratio: float = 1.0,
+        lazy_load: bool = False,
+    ) -> LightX2VPipeline:
+        """Keep weights off the device until they are needed; `cpu_offload="auto"` takes the mildest form that fits."""
+        return self._set(
+            {
+                "offload.enabled": cpu_offload,
+                "offload.granularity": offload_granularity,
+                "offload.ratio": offload_ratio,
+                "offload.lazy_load": lazy_load,
+                "offload.text_encoder": text_encoder_offload,
+                "offload.image_encoder": image_encoder_offload,
+                "offload.vae": vae_offload,
+            }
+        )
+
+    def enable_cache(self, method: str = "Tea", **options: Any) -> LightX2VPipeline:
+        """Reuse what earlier steps made. `method` by LightX2V's name or ours; options as in the section `cache`."""
+        settings = {f"cache.{key}": value for key, value in options.items()}
+        return self._set({"feature_caching": method, **settings})
+
+    def enable_lora(
+        self, lora_configs: Sequence[Mapping[str, Any]], lora_dynamic_apply: bool | None = None
+    ) -> LightX2VPipeline:
+        """Apply LoRAs, each `{"path": ..., "strength": 1.0, "name": ...}`."""
+        return self._set({"lora": list(map(dict, lora_configs)), "lora_dynamic": lora_dynamic_apply})
+
+    def enable_compile(self) -> LightX2VPipeline:
+        """Compile the blocks of the DiT."""
+        return self._set({"compile": True})
+
+    def enable_lightvae(
+        self, use_tae: bool = False, vae_path: str | None = None, tae_path: str | None = None
+    ) -> LightX2VPipeline:
+        """Decode with a tiny autoencoder, or with another VAE such as a LightVAE."""
+        return self._set({"vae.tae": use_tae, "vae.path": vae_path, "vae.tae_path": tae_path})
+
+    def switch_lora(self, lora_configs: Sequence[Mapping[str, Any]]) -> None:
+        """Exchange the LoRAs for these, from the next `generate` on; an empty list is the plain model.
+
+        Raises ConfigError and CheckpointError, and changes nothing, for LoRAs that do not fit.
+        """
+        self.native.switch_lora([LoraConfig.model_validate(dict(entry)) for entry in lora_configs])
+
     def create_generator(
         self,
         attn_mode: str | None = None,
@@ -126,6 +178,13 @@ class LightX2VPipeline:
             self.create_generator()
         assert self._runner is not None
         return self._runner
+
+    @property
+    def native(self) -> Runner:
+        """The runner of one of this engine's own models. Raises ConfigError for a pipeline of diffusers."""
+        if not isinstance(self.runner, Runner):
+            raise ConfigError("model_cls", "a pipeline of diffusers does not take this", allowed="wan2.1, flux")
+        return self.runner
 
     @property
     def plan(self) -> Plan | PipelinePlan:

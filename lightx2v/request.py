@@ -32,6 +32,10 @@ class Request:
     """Whether the model takes `guidance` as an input."""
     cfg_enabled: bool
     solver: str
+    strength: float | None = None
+    """How far the image of an image-to-image request is noised; None: it is seen in another way."""
+    step_list: tuple[int, ...] | None = None
+    """Timesteps of a step-distilled model."""
 
     @property
     def cfg_scale(self) -> float:
@@ -58,9 +62,11 @@ def build_request(config: Config, defaults: dict[str, Any], embedded_guidance: b
         "shift": config.sampling.shift,
         "guidance": config.sampling.guidance,
         "solver": config.sampling.solver,
+        "strength": config.sampling.strength,
+        "step_list": config.sampling.denoising_step_list,
     }
-    if (listed := config.sampling.denoising_step_list) is not None:
-        defaults = defaults | {"steps": len(listed), "solver": "euler"}
+    if chosen["step_list"] is not None:
+        defaults = defaults | {"steps": len(chosen["step_list"]), "solver": "euler"}
     filled = {key: defaults[key] if value is None else value for key, value in chosen.items()}
     return Request(
         task=config.task,

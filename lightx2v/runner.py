@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,19 +12,23 @@ from torch import Tensor
 
 from lightx2v import foreign
 from lightx2v.components import Components
+from lightx2v.config.features import LoraConfig
 from lightx2v.config.schema import Config
 from lightx2v.denoising import denoise_request
+from lightx2v.errors import ConfigError
 from lightx2v.families.base import Family, Session
 from lightx2v.features.base import StackFeature
 from lightx2v.io.media import write_result
 from lightx2v.plan import Plan, resolve
+from lightx2v.plan.features import replan_loras
 from lightx2v.plan.metadata import result_metadata
 from lightx2v.platform import select_device
 from lightx2v.request import Request
 from lightx2v.sampling.loop import Progress
 from lightx2v.timing import StageTimer
 
-DEFAULT_RESULT = "./output_lightx2v.mp4"
+DEFAULT_RESULT = "./output_lightx2v"
+"""Without its ending, which goes by the task."""
 
 
 class Runner:
@@ -67,6 +71,14 @@ class Runner:
         if not request.prompt.strip():
             logger.warning("the prompt is empty: the model shows whatever it likes")
 
+    def switch_lora(self, loras: Sequence[LoraConfig]) -> None:
+        """Exchange the LoRAs of the loaded DiT. Raises ConfigError and CheckpointError, and changes nothing."""
+        plan = replan_loras(self.plan, loras)
+        with self.components.use("dit", self.timer) as loaded:
+            if loaded.loras.switch(plan.loras) and loaded.graphs is not None:
+                loaded.graphs.recorded.clear()
+        self.plan = self.components.plan = plan
+
     def metadata(self, request: Request) -> dict[str, str]:
         """What is written into a result."""
         return result_metadata(self.plan, request)
@@ -81,8 +93,11 @@ def to_frames(video: Tensor) -> np.ndarray:
 
 def open_plan(config: Config) -> Plan | foreign.PipelinePlan:
     """The plan of `config` on its device: of a model of this engine, or of a pipeline of diffusers. UserError."""
-    plan_for = foreign.resolve if config.model_cls == foreign.MODEL_CLS else resolve
-    return plan_for(config, select_device(config.device))
+    if config.model_cls == foreign.MODEL_CLS:
+        return foreign.resolve(config, select_device(config.device))
+    if config.pipeline_args:
+        raise ConfigError("pipeline_args", "is set", do=f"set model_cls to {foreign.MODEL_CLS}, or remove it")
+    return resolve(config, select_device(config.device))
 
 
 def make_runner(plan: Plan | foreign.PipelinePlan) -> Runner | foreign.PipelineRunner:
@@ -92,7 +107,8 @@ def make_runner(plan: Plan | foreign.PipelinePlan) -> Runner | foreign.PipelineR
 
 def generate(config: Config) -> Path:
     """The main job: a config in, a file out. Returns the path of the result."""
-    config = config.model_copy(update={"save_result_path": config.save_result_path or DEFAULT_RESULT})
+    default = DEFAULT_RESULT + (".png" if config.task.endswith("i") else ".mp4")
+    config = config.model_copy(update={"save_result_path": config.save_result_path or default})
     plan = open_plan(config)
     logger.info("plan {}:\n{}", plan.hash, plan.render())
     runner = make_runner(plan)

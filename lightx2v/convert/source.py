@@ -38,11 +38,9 @@ def locate(source: Path, model_type: str) -> tuple[Path, Path | None]:
     weights = source
     if model_type == DIFFUSERS:
         if not (folder / "config.json").is_file():
-            raise CheckpointError(
-                str(folder), "has no config.json", do="give the pipeline's folder transformer or unet"
-            )
-        found = weights_in(folder) if source.is_dir() else None
-        return source if found is None else found[0], config
+            raise CheckpointError(str(folder), "has no config.json", do="give the folder transformer or unet itself")
+        inside = weights_in(folder) if source.is_dir() else None
+        return source if inside is None else inside[0], config
     if source.is_dir():
         models = [found for task in ("t2v", "i2v") if (found := _model(source, task))]
         parts = {getattr(model, _PARTS[model_type]): model for model in models} if models else {}

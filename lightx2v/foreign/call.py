@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from lightx2v.config.schema import Config
-from lightx2v.errors import ConfigError, suggestion
+from lightx2v.errors import ConfigError, LightX2VError, suggestion
 from lightx2v.foreign.index import PipelineFiles, read_json
-from lightx2v.foreign.schedule import scheduler_config, shift_key, solver_class
+from lightx2v.foreign.schedule import default_shift, scheduler_config, shift_key, solver_class
 from lightx2v.io.media import read_image
 from lightx2v.request import Request, build_request
 
@@ -94,8 +94,8 @@ def build(config: Config, files: PipelineFiles, cls: type[Any]) -> Request:
         if side is None and getattr(config.video, edge) is None:
             raise ConfigError(f"video.{edge}", f"is missing, and '{cls.__name__}' tells no default", do="set it")
     scheduler = scheduler_config(files)
-    solver, key = solver_class(scheduler, config.sampling.solver), shift_key(scheduler)
-    if config.sampling.shift is not None and key is None:
+    solver = solver_class(scheduler, config.sampling.solver)
+    if config.sampling.shift is not None and shift_key(scheduler) is None:
         raise ConfigError("sampling.shift", f"is set, and the scheduler {solver} has none", do="remove it")
     frames = _default(takes, "num_frames") or files.denoisers[0].config.get("sample_frames")
     if "num_frames" not in takes:
@@ -112,7 +112,7 @@ def build(config: Config, files: PipelineFiles, cls: type[Any]) -> Request:
         "frames": frames,
         "fps": int(fps or (_VIDEO_FPS if "num_frames" in takes else _IMAGE_FPS)),
         "steps": _default(takes, "num_inference_steps") or 50,
-        "shift": scheduler[key] if key else 1.0,
+        "shift": default_shift(scheduler),
         "guidance": guidance if isinstance(guidance, int | float) else 1.0,
         "solver": solver,
     }
@@ -219,12 +219,29 @@ def arguments(request: Request, config: Config, cls: type[Any], image: Image.Ima
     return given | dict(config.pipeline_args)
 
 
+def step_callback(cls: type[Any], told: Callable[[Any], None]) -> dict[str, Any]:
+    """Arguments with which a pipeline calls `told` with the latents after every step; none where it cannot."""
+
+    def at_step_end(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        told(values.get("latents"))
+        return values
+
+    takes = parameters(cls)
+    if "callback_on_step_end" in takes:
+        return {"callback_on_step_end": at_step_end}
+    if "callback" in takes and "callback_steps" in takes:
+        return {"callback": lambda step, timestep, latents: told(latents), "callback_steps": 1}
+    return {}
+
+
 def frames_of(result: Any) -> NDArray[np.uint8]:
     """The first picture or video of what a pipeline returned, uint8 [T, H, W, 3]."""
     found = getattr(result, "frames", None)
     found = result.images if found is None else found
     pixels = np.asarray(found[0], dtype=np.float32)
     pixels = pixels[None] if pixels.ndim == 3 else pixels
+    if not np.isfinite(pixels).all():
+        raise LightX2VError("generate", "the pixels are not finite", do="use another dtype, or another mm_type")
     made: NDArray[np.uint8] = (pixels * 255).round().clip(0, 255).astype(np.uint8)
     return made
 

@@ -104,7 +104,9 @@ def read_pipeline(model_path: str | Path) -> PipelineFiles:
 def read_model(folder: Path) -> ModelPart:
     """A model of diffusers in a folder of its own, by its config.json. Raises CheckpointError."""
     config = read_json(folder / "config.json")
-    part = ModelPart(folder.name, _class("diffusers", config.get("_class_name"), folder), folder, config)
+    if "_class_name" not in config:
+        raise CheckpointError(str(folder), "is no model of diffusers", do="give a folder transformer or unet")
+    part = ModelPart(folder.name, _class("diffusers", config["_class_name"], folder), folder, config)
     _refuse_quantized(part)
     return part
 

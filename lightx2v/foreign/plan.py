@@ -103,6 +103,9 @@ def resolve(config: Config, device: DeviceInfo) -> PipelinePlan:
     if config.compile and (missing := compiler_for(device)):
         raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
     attention = plan_attention(config, device, request.steps)
+    if (config.cache.type != "none" or config.attention.rules) and not call.step_callback(cls, lambda latents: None):
+        key = "attention.rules" if config.cache.type == "none" else "cache.type"
+        raise ConfigError(key, f"is set, and '{cls.__name__}' tells nobody of its steps", do="remove it")
     cache = choose_cache(config, request, {part.name: models[part.name] for part in files.denoisers})
     memory = _memory(files, request, components, DTYPE_BYTES[config.dtype])
     check_fits(memory, device, config.max_memory_gb)
@@ -118,6 +121,7 @@ def _refuse_settings(config: Config) -> None:
         "offload.vae": config.offload.vae,
         "lora": config.lora,
         "vae.tae": config.vae.tae,
+        "vae.path": config.vae.path,
         "graphs": config.graphs,
         "unload_modules": config.unload_modules,
         "clip.quantized": config.clip.quantized,
@@ -141,8 +145,9 @@ def _refuse_settings(config: Config) -> None:
 def _plan_denoiser(part: ModelPart, model: torch.nn.Module, config: Config, device: DeviceInfo) -> ComponentPlan:
     mm = config.mm_config
     path = part.weights
-    if config.dit_quantized_ckpt is not None and part.name in ("transformer", "unet"):
+    if config.dit_quantized_ckpt is not None:
         path = Path(config.dit_quantized_ckpt)
+        path = path / part.name if (path / part.name).is_dir() else path
     checkpoint = Checkpoint.open(path)
     check_dit_tensors(model, checkpoint, lambda name: name, str(path))
     shapes = quantizable(model)

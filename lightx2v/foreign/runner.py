@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
@@ -60,7 +60,13 @@ class PipelineRunner:
         pipeline.set_progress_bar_config(disable=quiet)
         pipeline.scheduler = scheduler_for(pipeline.scheduler, request)
         steps = Steps(pipeline, request.steps)
-        arguments |= _callbacks(call.parameters(plan.cls), steps, request, callback)
+
+        def told(latents: Any) -> None:
+            steps.advance()
+            if callback is not None:
+                callback(Progress(steps.step, steps.total, latents))
+
+        arguments |= call.step_callback(plan.cls, told)
         self.routing = self._routing(request, steps)
         with ExitStack() as attached, self.timer.stage("generate"):
             for part in plan.files.denoisers:
@@ -127,24 +133,3 @@ def _dtype_argument() -> str:
     from diffusers.pipelines import pipeline_utils
 
     return "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
-
-
-def _callbacks(
-    takes: Mapping[str, Any], steps: Steps, request: Request, callback: Callable[[Progress], None] | None
-) -> dict[str, Any]:
-    """Arguments with which the pipeline tells of the end of every step."""
-
-    def told(latents: Any) -> None:
-        steps.advance()
-        if callback is not None:
-            callback(Progress(steps.step, request.steps, latents))
-
-    def at_step_end(pipeline: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
-        told(values.get("latents"))
-        return values
-
-    if "callback_on_step_end" in takes:
-        return {"callback_on_step_end": at_step_end}
-    if "callback" in takes and "callback_steps" in takes:
-        return {"callback": lambda step, timestep, latents: told(latents), "callback_steps": 1}
-    return {}

@@ -23,9 +23,19 @@ def scheduler_config(files: PipelineFiles) -> dict[str, Any]:
     return read_json(path) if path.is_file() else {}
 
 
+_DYNAMIC = "use_dynamic_shifting"
+"""Whether the pipeline gives a shift that goes by the size."""
+
+
 def shift_key(config: Mapping[str, Any]) -> str | None:
     """What the scheduler calls the shift of its noise levels; None where it has none."""
     return next((key for key in ("flow_shift", "shift") if config.get(key) is not None), None)
+
+
+def default_shift(config: Mapping[str, Any]) -> float | None:
+    """The shift of the pipeline as it is: 1 where there is none, None where it goes by the size."""
+    key = shift_key(config)
+    return None if config.get(_DYNAMIC) else 1.0 if key is None else float(config[key])
 
 
 def solver_class(config: Mapping[str, Any], solver: str | None) -> str:
@@ -55,8 +65,10 @@ def scheduler_for(scheduler: Any, request: Request) -> Any:
     cls = type(scheduler)
     if request.solver != cls.__name__:
         cls = getattr(diffusers, request.solver)
-    key = shift_key(scheduler.config)
-    if key is None and request.shift != 1.0:
-        raise ConfigError("shift", f"is {request.shift:g}, and {cls.__name__} has none", do="leave it out")
-    changed = {key: request.shift} if key is not None and scheduler.config[key] != request.shift else {}
+    changed: dict[str, Any] = {}
+    if request.shift != default_shift(scheduler.config):
+        key = shift_key(scheduler.config)
+        if key is None or request.shift is None:
+            raise ConfigError("shift", f"is {request.shift}, and {cls.__name__} has none", do="leave it out")
+        changed = {key: request.shift} | ({_DYNAMIC: False} if scheduler.config.get(_DYNAMIC) else {})
     return cls.from_config(scheduler.config, **changed) if changed or cls is not type(scheduler) else scheduler

@@ -34,6 +34,10 @@ class Defaults:
     width: int
     frames: int
     fps: int
+    strength: float | None = None
+    """How far the image of an image-to-image request is noised; None: it is seen in another way."""
+    step_list: tuple[int, ...] | None = None
+    """Timesteps of a step-distilled model."""
 
 
 class ModelFiles(Protocol):
@@ -135,6 +139,7 @@ class FamilySpec:
 
 FAMILIES: Registry[FamilySpec] = Registry("model_cls", beside=("diffusers",))
 FAMILIES.add("wan2.1", "lightx2v.models.wan.spec:WAN")
+FAMILIES.add("wan2.1_distill", "lightx2v.models.wan.spec:WAN_DISTILL")
 FAMILIES.add("flux", "lightx2v.models.flux.spec:FLUX")
 
 
@@ -157,7 +162,7 @@ def _check_multiple(key: str, value: int, multiple: int, offset: int) -> None:
 def _read_defaults(path: Path, tasks: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """The checked content of a `lightx2v_defaults.json`."""
     kinds = {"int": int, "float": (int, float), "float | None": (int, float), "str": str}
-    types = {field.name: kinds[str(field.type)] for field in fields(Defaults)}
+    types = {field.name: kinds[str(field.type)] for field in fields(Defaults) if str(field.type) in kinds}
     try:
         content = json.loads(path.read_text("utf-8"))
     except ValueError as error:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from lightx2v.config.features import LoraConfig
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
 from lightx2v.features.cache.build import build
@@ -18,6 +20,7 @@ from lightx2v.features.offload.choose import Placement, Sizes, check_settings, d
 from lightx2v.io.dtypes import DTYPE_BYTES
 from lightx2v.models.spec import FamilySpec
 from lightx2v.plan.layers import ComponentPlan
+from lightx2v.plan.plan import Plan
 from lightx2v.platform import DeviceInfo, compiler_for, graph_recorder, select_device
 from lightx2v.request import Request
 
@@ -56,6 +59,14 @@ def plan_lora(module: nn.Module, config: Config, family: FamilySpec, dit: Compon
         quantized=quantized,
         stored=set() if dit.auto_quant else quantized,
     )
+
+
+def replan_loras(plan: Plan, loras: Sequence[LoraConfig]) -> Plan:
+    """`plan` with other LoRAs. Raises CheckpointError and ConfigError."""
+    config = plan.config.model_copy(update={"lora": tuple(loras)})
+    with torch.device("meta"):
+        module = plan.family.build_dit(plan.files.arch)
+    return replace(plan, config=config, loras=plan_lora(module, config, plan.family, plan.components["dit"]))
 
 
 def place_weights(

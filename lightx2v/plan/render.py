@@ -53,13 +53,18 @@ def _features(features: Mapping[str, Any]) -> str:
 def render(plan: Mapping[str, Any], device: DeviceInfo) -> str:
     """Lines of at most about 120 columns; `plan` is what `Plan.to_json` gives."""
     request, memory = plan["request"], dict(plan["memory"])
-    guidance = f"guidance {request['guidance']:g}" if request["cfg"] else "no guidance (one pass a step)"
+    embedded = request.get("embedded_guidance")
+    scale = request["true_guidance"] if embedded else request["guidance"]
+    guidance = f"guidance {scale:g}" if request["cfg"] else "no guidance (one pass a step)"
+    if embedded:
+        guidance = f"embedded guidance {request['guidance']:g}, {guidance.replace('no guidance', 'no other')}"
     shift = "shift by size" if request["shift"] is None else f"shift {request['shift']:g}"
     solver = f"{request['solver']}, {request['steps']} steps, {shift}"
+    length = "an image" if request["frames"] == 1 else f"{request['frames']} frames at {request['fps']} fps"
     lines = [
         f"{'model':<10} {plan['model_cls']} {plan['task']}, {plan['layout']} layout, {plan['model_path']}",
         f"{'device':<10} {device.torch_name} ({device.name}), {plan['dtype']}, {human_bytes(device.free_memory)} free",
-        f"{'video':<10} {request['width']}x{request['height']}, {request['frames']} frames at {request['fps']} fps",
+        f"{'result':<10} {request['width']}x{request['height']}, {length}",
         f"{'sampling':<10} {solver}, {guidance}, seed {request['seed']}",
         *_attention(plan["attention"]),
     ]

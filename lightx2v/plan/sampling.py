@@ -19,8 +19,9 @@ def plan_sampler(
 ) -> Sampler:
     """The sampler of `request`. Raises ConfigError for settings that do not go together."""
     scheduler = getattr(files, "scheduler", None)
+    filled = {"strength": request.strength, "denoising_step_list": request.step_list}
     return build_sampler(
-        config.sampling,
+        config.sampling.model_copy(update=filled),
         task=request.task,
         solver=request.solver,  # type: ignore[arg-type]
         steps=request.steps,

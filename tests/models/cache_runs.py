@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,8 @@ from lightx2v.models.base import (
     TimeEmbedding,
     run_blocks,
 )
+from lightx2v.models.flux.arch import FluxArch
+from lightx2v.models.flux.dit import FluxDiT
 from lightx2v.models.wan.dit import WanDiT
 from lightx2v.models.wan.layout import detect
 from lightx2v.sampling.loop import denoise, forwards, guided
@@ -186,5 +188,33 @@ def double_conditions(width: int = 8, branches: Sequence[Branch] = ("cond", "unc
     return {branch: Conditions(torch.randn(1, 3, width, generator=generator)) for branch in branches}
 
 
-def with_branches(run: RunInfo, *branches: Branch) -> RunInfo:
-    return replace(run, branches=branches)
+def random_flux() -> FluxDiT:
+    """Two double-stream and three single-stream blocks with random weights."""
+    arch = FluxArch(
+        dim=64,
+        ffn_dim=128,
+        num_heads=4,
+        num_layers=2,
+        num_single_layers=3,
+        text_dim=24,
+        pooled_dim=12,
+        freq_dim=32,
+        axes=(4, 6, 6),
+    )
+    generator = torch.Generator().manual_seed(8)
+    dit = FluxDiT(arch).eval()
+    for parameter in dit.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) * (0.1 if parameter.ndim > 1 else 0.3)
+    return dit
+
+
+def flux_conditions(dit: FluxDiT, branches: Sequence[Branch] = ("cond", "uncond")) -> dict[Branch, Conditions]:
+    generator = torch.Generator().manual_seed(9)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(1, *shape, generator=generator)
+
+    return {
+        branch: Conditions(normal(6, dit.arch.text_dim), pooled=normal(dit.arch.pooled_dim), guidance=3.5)
+        for branch in branches
+    }

@@ -115,6 +115,28 @@ def test_ret_steps_need_a_signal_of_time() -> None:
     assert "cache.use_ret_steps" in refused(FLUX, type="teacache", use_ret_steps=True)
 
 
+class Wider(CacheConfig):
+    """The section with options that not every version of the configuration offers."""
+
+    cfg_gate: float | None = None
+    codebook: tuple[tuple[float, int], ...] | None = None
+    motion: bool | None = None
+
+
+def test_the_gate_is_around_a_method_or_alone() -> None:
+    gate = build(Wider(type="fora", cfg_gate=0.5), WAN)
+    assert isinstance(gate, CfgGate) and gate.method == "fora + cfg_gate" and gate.share == 0.5
+    alone = build(Wider(cfg_gate=0.5), WAN)
+    assert isinstance(alone, CfgGate) and alone.cache is None
+    with pytest.raises(ConfigError, match=r"cache\.cfg_gate"):
+        build(Wider(cfg_gate=0.5), FLUX)
+
+
+def test_adacache_takes_a_codebook() -> None:
+    ada: Any = build(Wider(type="adacache", codebook=((0.1, 3), (1.0, 1)), motion=True), WAN)
+    assert ada.codebook == ((0.1, 3), (1.0, 1)) and ada.motion
+
+
 def test_a_single_block_has_nothing_behind_the_first() -> None:
     assert "all of 1" in refused(replace(WAN, blocks=1), type="fbcache")
 
@@ -145,7 +167,12 @@ def test_a_calibration_of_another_model_is_refused(tmp_path: Path) -> None:
     assert "measured with wan2.1 t2v, width 256, 4 blocks" in message and "width 1536, 30 blocks" in message
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"format": "other"}', "no JSON"])
+FORMAT = "lightx2v cache calibration 1"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "{}", '{"format": "other"}', "no JSON", f'{{"format": "{FORMAT}", "ratios": {{}}, "head": null}}']
+)
 def test_a_file_that_is_no_calibration(content: str, tmp_path: Path) -> None:
     path = tmp_path / "other.json"
     path.write_text(content)

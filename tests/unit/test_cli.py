@@ -76,7 +76,8 @@ def flags(parser: cli.Parser) -> list[str]:
 
 
 def test_the_command_line_is_frozen() -> None:
-    assert list(cli.VERBS) == list(cli.HELP) == ["generate", "explain", "convert", "eval", "bench", "doctor", "schema"]
+    verbs = ["generate", "explain", "convert", "calibrate", "eval", "bench", "doctor", "schema"]
+    assert list(cli.VERBS) == list(cli.HELP) == verbs
     generate, explain = cli.run_parser("x", "", dry_run=True), cli.run_parser("x", "", dry_run=False)
     assert sorted(flags(generate)) == sorted(GENERATE_FLAGS)
     assert sorted(flags(explain)) == sorted(set(GENERATE_FLAGS) - {"--dry-run"})
@@ -145,7 +146,7 @@ def test_plan_is_printed_and_nothing_runs(
     ("argv", "message"),
     [
         (["genrate"], "unknown verb 'genrate' - did you mean 'generate'?"),
-        (["calibrate"], "unknown verb 'calibrate'\n  allowed: generate"),
+        (["calibrat"], "unknown verb 'calibrat' - did you mean 'calibrate'?\n  allowed: generate"),
         (["--versoin"], "unknown argument '--versoin'"),
         (["generate", "--use_prompt_enhancer"], "--use_prompt_enhancer: not supported by this version"),
         (["generate", "--set", "seeed=1"], "unknown key 'seeed' - did you mean 'seed'?"),

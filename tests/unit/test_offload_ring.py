@@ -181,6 +181,24 @@ def test_units_that_are_not_used_do_not_move(monkeypatch: pytest.MonkeyPatch) ->
     assert machine.ring.report.units == 4
 
 
+def test_a_slot_is_not_filled_while_threads_still_fill_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With units from disk, of which the one that was read ahead is not the one that comes."""
+    filling: dict[int, int] = {}
+
+    class Disk(Numbers):
+        def start(self, unit: int, target: Tensor, after: Any) -> Wait:
+            assert id(target) not in filling
+            filling[id(target)] = unit
+            return lambda: filling.pop(id(target), None) and None
+
+    machine = Machine(monkeypatch, 5)
+    ring = Ring([1] * 5, cast(Any, Disk(CopyQueue(DEVICE))), CopyQueue(DEVICE), cast(Any, lambda size: Memory(None)))
+    machine.ring = ring
+    ring.open()
+    for unit in (0, 3, 1, 4, 4, 2, 0):
+        machine.use(unit)
+
+
 def test_what_is_used_twice_at_once_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine(monkeypatch, 3)
     machine.ring.open()

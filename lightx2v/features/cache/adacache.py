@@ -81,7 +81,7 @@ class _State:
         """Decide how many steps follow; waits for the device where any can be left out."""
         if step + 1 >= self._steps - 2:
             return  # all that follow are computed
-        if self._key in self._store:
+        if not self.series.empty:
             change = relative_change(added, self._store.get(self._key))
             still = added.new_ones((), dtype=torch.float32)
             moving = _frame_difference(added, frames) if self._motion and frames > 1 else still

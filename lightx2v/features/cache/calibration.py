@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +44,17 @@ class Calibration:
             raise ConfigError("cache.file", f"'{path}' cannot be read: {error.strerror}") from error
         except ValueError as error:
             raise ConfigError("cache.file", f"'{path}' is not JSON: {error}") from error
-        names = {field.name for field in fields(Calibration)}
-        if not isinstance(content, dict) or content.pop("format", None) != FORMAT or set(content) != names:
+        try:
+            if content.pop("format") != FORMAT:
+                raise ValueError(FORMAT)
+            content["ratios"] = {branch: _numbers(ratios) for branch, ratios in content["ratios"].items()}
+            return Calibration(**{**content, **{name: _numbers(content[name]) for name in ("head", "blocks_signal")}})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ConfigError(
                 "cache.file",
                 f"'{path}' is not a calibration of this version",
                 do="make one: lightx2v calibrate --cache --save FILE",
-            )
-        content["ratios"] = {branch: tuple(numbers) for branch, numbers in content["ratios"].items()}
-        lists = {name: tuple(content[name]) for name in ("head", "blocks_signal")}
-        return Calibration(**{**content, **lists})
+            ) from error
 
     def check(self, facts: Facts, path: str) -> None:
         """Raise ConfigError where another model was measured."""
@@ -64,3 +65,7 @@ class Calibration:
                 f"'{path}' was measured with {self.family} {self.task}, width {self.width}, {self.blocks} blocks",
                 allowed=f"a calibration of {facts}",
             )
+
+
+def _numbers(values: Any) -> tuple[float, ...]:
+    return tuple(float(value) for value in values)

@@ -34,7 +34,7 @@ class Offloaded(Protocol):
 
 def allocate(nbytes: int, device: DeviceInfo) -> Tensor:
     """uint8 [nbytes] on `device`."""
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # a compiled graph tells tensors of inference mode from others
         if device.kind == "cpu":
             return host_memory(nbytes, device)
         return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_name)

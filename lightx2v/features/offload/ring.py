@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightx2v.features.offload.store import Store, Wait
@@ -70,8 +69,7 @@ class Ring:
         Nothing is brought in ahead beyond the last of them.
         """
         self._passes, self._at = passes, _START
-        with torch.inference_mode(False):
-            self._slots = [_Slot(self._allocate(max(self._sizes)), free=self._queue.mark()) for _ in range(self._count)]
+        self._slots = [_Slot(self._allocate(max(self._sizes)), free=self._queue.mark()) for _ in range(self._count)]
         if passes != 0:
             self._ahead(_START)
 

@@ -100,13 +100,11 @@ class Slab:
 
     def views(self, memory: Tensor) -> list[Tensor]:
         """The tensors as they lie in `memory`."""
-        with torch.inference_mode(False):  # a compiled graph tells tensors of inference mode from others
-            return [entry.view(memory) for entry in self.entries]
+        return [entry.view(memory) for entry in self.entries]
 
     def blanks(self) -> list[Tensor]:
         """The tensors without values."""
-        with torch.inference_mode(False):
-            return [entry.blank() for entry in self.entries]
+        return [entry.blank() for entry in self.entries]
 
     def bind(self, tensors: list[Tensor]) -> None:
         """Let the modules see `tensors` in place of those bound before."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightx2v.models.spec import Defaults, FamilySpec
 
 _DEV = Defaults(steps=28, shift=None, guidance=3.5, solver="euler", height=1024, width=1024, frames=1, fps=1)
@@ -9,10 +11,10 @@ _DEV = Defaults(steps=28, shift=None, guidance=3.5, solver="euler", height=1024,
 FLUX = FamilySpec(
     name="flux",
     tasks=("t2i", "i2i"),
-    defaults={"t2i": _DEV, "i2i": _DEV},
+    defaults={"t2i": _DEV, "i2i": replace(_DEV, strength=0.6)},
     variants={
         "schnell": {"steps": 4},
-        "kontext": {"guidance": 2.5},
+        "kontext": {"guidance": 2.5, "strength": None},
     },
     quantized=("double_blocks.*", "single_blocks.*"),
     keep=("img_in", "txt_in", "time_in.*", "vector_in.*", "guidance_in.*", "final_layer.*"),

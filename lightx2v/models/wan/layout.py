@@ -8,7 +8,7 @@ diffusers layout: `model_index.json` and the folders `transformer`, `text_encode
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +80,13 @@ def detect(model_path: str | Path, task: str) -> WanFiles:
     files = _diffusers(root) if diffusers else _original(root, task)
     _check_task(files, task)
     return files
+
+
+def detect_distilled(model_path: str | Path, task: str) -> WanFiles:
+    """As `detect`, with the DiT of LightX2V's folder `distill_models` where there is one."""
+    files = detect(model_path, task)
+    distilled = _dit_weights(files.root / "distill_models")
+    return files if distilled is None else replace(files, dit=distilled)
 
 
 def _diffusers(root: Path) -> WanFiles:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from lightx2v.models.spec import Defaults, FamilySpec
 
-_SIZE = {"height": 480, "width": 832, "frames": 81, "fps": 16}
+_SIZE: dict[str, Any] = {"height": 480, "width": 832, "frames": 81, "fps": 16}
 
 WAN = FamilySpec(
     name="wan2.1",
@@ -23,3 +26,13 @@ WAN = FamilySpec(
     keymap="lightx2v.models.wan.keymap",
     family="lightx2v.families.wan:WAN",
 )
+
+_FOUR_STEPS = Defaults(steps=4, shift=5.0, guidance=1.0, solver="euler", step_list=(1000, 750, 500, 250), **_SIZE)
+
+WAN_DISTILL = replace(
+    WAN,
+    name="wan2.1_distill",
+    defaults={"t2v": _FOUR_STEPS, "i2v": _FOUR_STEPS},
+    layout="lightx2v.models.wan.layout:detect_distilled",
+)
+"""Wan2.1, distilled to four steps without classifier-free guidance (LightX2V)."""
