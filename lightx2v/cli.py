@@ -68,6 +68,7 @@ def run_parser(prog: str, description: str, dry_run: bool) -> Parser:
         metavar="PATH",
         help="result: .mp4, .gif, .webp, .png, or a folder ending in '/' (default: ./output_lightx2v.mp4 or .png)",
     )
+    parser.add_argument("--warmup", action="store_true", help="serve the request once before the one that counts")
     parser.add_argument("--use_prompt_enhancer", action="store_true", help="not supported by this version")
     parser.add_argument(
         "--set",
@@ -92,6 +93,8 @@ def run_config(args: argparse.Namespace) -> Config:
         raise ConfigError("--use_prompt_enhancer", "not supported by this version", do="write the long prompt yourself")
     names = [name for name, _ in SETTING_FLAGS] + ["seed", "save_result_path"]
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.warmup:
+        overrides["warmup"] = True
     config = load_config(args.config_json, overrides, args.set)
     if config.model_path is None:
         logger.info("no model_path is given: the embedded tiny-wan runs")
@@ -140,10 +143,12 @@ def doctor(prog: str, argv: Sequence[str]) -> int:
 
 
 def schema(prog: str, argv: Sequence[str]) -> int:
-    Parser(prog, HELP["schema"]).parse_args(argv)
-    from lightx2v.config.schema import schema_text
+    parser = Parser(prog, HELP["schema"])
+    parser.add_argument("--markdown", action="store_true", help="print a table of the settings instead")
+    args = parser.parse_args(argv)
+    from lightx2v.config.schema import schema_text, settings_page
 
-    print(schema_text(), end="")
+    print(settings_page() if args.markdown else schema_text(), end="")
     return 0
 
 

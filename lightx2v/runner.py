@@ -112,6 +112,8 @@ def generate(config: Config) -> Path:
     plan = open_plan(config)
     logger.info("plan {}:\n{}", plan.hash, plan.render())
     runner = make_runner(plan)
+    if config.warmup:
+        runner.run(plan.request, quiet=True)
     frames = runner.run(plan.request)
     assert config.save_result_path is not None
     with runner.timer.stage("save"):

@@ -141,7 +141,7 @@ _NEUTRAL: dict[str, Any] = {
 WITHOUT_EFFECT: frozenset[str] = frozenset(
     "offload_path t5_offload_granularity max_area empty_cache_min_free_gib empty_cache_min_reclaimable_gib"
     " rotary_chunk rotary_chunk_size rope_chunk rope_chunk_size rope_type rms_norm_type layer_norm_type modulate_type"
-    " warmup magcache_calibration downsample_factor cfg_scale lightvae_pruning_rate sparge_ckpt tp_mm_type"
+    " magcache_calibration downsample_factor cfg_scale lightvae_pruning_rate sparge_ckpt tp_mm_type"
     " tp_rms_norm_type weight_scale_granularity mxfp8_fuse_enable nvfp4_ffn_split_n_workaround audio_sr video_duration"
     " use_image_encoder".split()
 )

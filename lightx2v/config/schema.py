@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from lightx2v.config.features import AttentionConfig, CacheConfig, LoraConfig, OffloadConfig, VaeConfig
+from lightx2v.config.features import AttentionConfig, AttentionRule, CacheConfig, LoraConfig, OffloadConfig, VaeConfig
 from lightx2v.config.section import Fraction, Numbers, Path, PositiveFloat, PositiveInt, Section
 
 
@@ -145,6 +145,7 @@ class Config(Section):
         default={}, description="For model_cls diffusers: further arguments of the pipeline's call, by its names."
     )
     graphs: bool = Field(default=False, description="Record the DiT as a graph of the device, and replay it.")
+    warmup: bool = Field(default=False, description="Serve the request once before it counts, to compile and record.")
     unload_modules: bool = Field(
         default=False, description="Load each component just before its use and free it right after."
     )
@@ -197,6 +198,34 @@ def schema_text() -> str:
     """The JSON Schema of `Config`, as the text of configs/schema.json."""
     schema = {"$schema": "https://json-schema.org/draft/2020-12/schema", **Config.model_json_schema()}
     return json.dumps(schema, indent=2) + "\n"
+
+
+def settings_page() -> str:
+    """The text of docs/config.md: a table of every setting."""
+    rows = [
+        "# Settings",
+        "",
+        "Every key of the JSON configuration and of `--set`, by `lightx2v schema --markdown`. A default of - comes",
+        "from the model family, the task or the method. LightX2V's flat keys are translated, with a warning.",
+        "",
+        "| key | default | meaning |",
+        "|---|---|---|",
+    ]
+    for name, field in Config.model_fields.items():
+        kind = field.annotation
+        if not (isinstance(kind, type) and issubclass(kind, Section)):
+            rows.append(_row(field.alias or name, field))
+            continue
+        rows += [_row(f"{name}.{key}", inner) for key, inner in kind.model_fields.items()]
+    for title, kind in (("lora", LoraConfig), ("attention.rules", AttentionRule), ("mm_config.rules", MMRule)):
+        rows += ["", f"Each entry of `{title}`:", "", "| key | default | meaning |", "|---|---|---|"]
+        rows += [_row(key, inner) for key, inner in kind.model_fields.items()]
+    return "\n".join(rows) + "\n"
+
+
+def _row(key: str, field: Any) -> str:
+    default = "required" if field.is_required() else json.dumps(field.default, default=list)
+    return f"| `{key}` | {'-' if default == 'null' else default} | {field.description} |"
 
 
 def config_hash(config: Config) -> str:

@@ -115,6 +115,8 @@ def build(config: Config, files: PipelineFiles, cls: type[Any]) -> Request:
         "shift": default_shift(scheduler),
         "guidance": guidance if isinstance(guidance, int | float) else 1.0,
         "solver": solver,
+        "strength": _default(takes, "strength"),
+        "step_list": None,
     }
     request = build_request(config, defaults, embedded_guidance="true_cfg_scale" in takes)
     true_guidance = config.sampling.true_guidance or _default(takes, "true_cfg_scale") or 1.0
@@ -210,7 +212,7 @@ def arguments(request: Request, config: Config, cls: type[Any], image: Image.Ima
         "num_inference_steps": request.steps,
         "guidance_scale": guidance,
         "true_cfg_scale": request.true_guidance if request.cfg else 1.0,
-        "strength": config.sampling.strength,
+        "strength": request.strength,
         "max_sequence_length": config.text_len,
         "generator": torch.Generator("cpu").manual_seed(request.seed),
         "output_type": "np",

@@ -11,8 +11,6 @@ import torch
 from loguru import logger
 from torch import nn
 
-from lightx2v.errors import ConfigError
-from lightx2v.features.base import StackFeature
 from lightx2v.foreign import call
 from lightx2v.foreign.attention import Routing, plan_attention, routed
 from lightx2v.foreign.build import load_denoiser, quantize_linears
@@ -40,6 +38,8 @@ class PipelineRunner:
             part.name: plan.cache.make(part.name) for part in plan.files.denoisers if plan.cache is not None
         }
         self._pipeline: Any = None
+        self._scheduler: Any = None
+        """The pipeline's own."""
 
     @torch.inference_mode()
     def run(
@@ -47,18 +47,15 @@ class PipelineRunner:
         request: Request,
         callback: Callable[[Progress], None] | None = None,
         quiet: bool = False,
-        feature: StackFeature | None = None,
     ) -> np.ndarray:
         """Frames of `request`, uint8 [T, H, W, 3]. `timer` holds the seconds of each stage afterwards."""
         plan = self.plan
         call.check(request, plan.config, plan.cls)
         arguments = call.arguments(request, plan.config, plan.cls, call.task_image(request.task, request.image_path))
-        if feature is not None:
-            raise ConfigError("cache", "one that measures our own models cannot be put into a pipeline of diffusers")
         self.timer = StageTimer(plan.device)
         pipeline = self.pipeline
         pipeline.set_progress_bar_config(disable=quiet)
-        pipeline.scheduler = scheduler_for(pipeline.scheduler, request)
+        pipeline.scheduler = scheduler_for(self._scheduler, request)
         steps = Steps(pipeline, request.steps)
 
         def told(latents: Any) -> None:
@@ -95,6 +92,7 @@ class PipelineRunner:
         if self._pipeline is None:
             with self.timer.stage("load"):
                 self._pipeline = load_pipeline(self.plan)
+            self._scheduler = getattr(self._pipeline, "scheduler", None)
         return self._pipeline
 
     def metadata(self, request: Request) -> dict[str, str]:

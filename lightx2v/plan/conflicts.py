@@ -8,6 +8,7 @@ from typing import Any
 
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
+from lightx2v.features.offload.choose import check_settings
 
 _INSIDE = ("fora", "pab")
 """Caches that leave out parts of a block."""
@@ -55,6 +56,7 @@ def _streams(config: Config, granularity: str) -> bool:
 
 def check_together(config: Config) -> None:
     """Raise ConfigError for the first pair of settings that do not go together."""
+    check_settings(config.offload, compiled=config.compile, graphs=config.graphs)
     for conflict in CONFLICTS:
         if conflict.holds(config):
             raise ConfigError(

@@ -16,7 +16,7 @@ from lightx2v.features.cache.build import build
 from lightx2v.features.cache.facts import Facts
 from lightx2v.features.cache.report import Cache
 from lightx2v.features.lora.plan import LoraPlan, plan_loras
-from lightx2v.features.offload.choose import Placement, Sizes, check_settings, decide, measure
+from lightx2v.features.offload.choose import Placement, Sizes, decide, measure
 from lightx2v.io.dtypes import DTYPE_BYTES
 from lightx2v.models.spec import FamilySpec
 from lightx2v.plan.layers import ComponentPlan
@@ -79,7 +79,6 @@ def place_weights(
     keep_first: int,
 ) -> Placement:
     """Where the weights of `module`, a DiT on meta, are; `peak` are the bytes that all takes with them there."""
-    check_settings(config.offload, compiled=config.compile, graphs=config.graphs)
     limit = config.max_memory_gb
     return decide(
         config.offload,

@@ -93,6 +93,7 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     family = FAMILIES[config.model_cls]
     if config.task not in family.tasks:
         raise ConfigError("task", f"'{config.task}' is not a task of {family.name}", allowed=", ".join(family.tasks))
+    check_together(config)
     if config.save_result_path is not None:
         check_result_path(config.save_result_path)
     files = family.detect(config.model_path if config.model_path is not None else EMBEDDED, config.task)
@@ -115,7 +116,6 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     plan_sampler(config, family, files, request)
     cache = plan_cache(module, config, family, files, request)
     loras = plan_lora(module, config, family, components["dit"])
-    check_together(config)
     keep_first: int = getattr(cache, "first_blocks", 0)
     extra = loras.branch_bytes(DTYPE_BYTES[config.dtype])
     kept = 0.0 if cache is None else cache.kept_streams(len(module.blocks))

@@ -21,7 +21,7 @@ from lightx2v.platform import select_device
 
 GENERATE_FLAGS = """
 -h --help --debug --model_cls --task --model_path --prompt --negative_prompt --image_path --device --config_json --seed
---save_result_path --save_video_path --use_prompt_enhancer --set --json --dry-run
+--save_result_path --save_video_path --warmup --use_prompt_enhancer --set --json --dry-run
 """.split()
 
 

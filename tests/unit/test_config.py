@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from lightx2v.config.features import LoraConfig
 from lightx2v.config.legacy import RENAMED, UNSUPPORTED, VALUES, WITHOUT_EFFECT
 from lightx2v.config.load import load_config
-from lightx2v.config.schema import SECTIONS, SETTINGS, Config, MMRule, config_hash, schema_text
+from lightx2v.config.schema import SECTIONS, SETTINGS, Config, MMRule, config_hash, schema_text, settings_page
 from lightx2v.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -364,3 +364,9 @@ def test_committed_schema_is_up_to_date() -> None:
 def test_import_needs_no_torch() -> None:
     code = "import sys, lightx2v.config.load; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_committed_page_of_settings_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "config.md").read_text("utf-8")
+    assert page == settings_page(), "run: lightx2v schema --markdown > docs/config.md"
+    assert all(f"| `{key}` |" in page for key in SETTINGS)

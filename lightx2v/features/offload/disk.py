@@ -11,8 +11,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 from torch import Tensor
 
-from lightx2v.errors import CheckpointError, LightX2VError, ResourceError
+from lightx2v.errors import CheckpointError, ResourceError
 from lightx2v.features.offload.slab import Entry, Slab, flat_bytes
 from lightx2v.features.offload.store import Wait
 from lightx2v.io.source import FileSpan
@@ -63,7 +62,6 @@ class DiskStore:
         self._spill: IO[bytes] | None = None
         self.spilled = 0
         """Bytes that were written because the checkpoint does not have them as they are needed."""
-        self._pending: list[Future[Any]] = []
 
     @property
     def host_bytes(self) -> int:
@@ -95,11 +93,7 @@ class DiskStore:
         return self._staging.start(stored.nbytes, lambda buffer: self._read(stored, buffer), target, after)
 
     def close(self) -> None:
-        """Wait for the threads, and drop the buffers."""
-        for future in self._pending:
-            with suppress(LightX2VError):
-                future.result()
-        self._pending = []
+        """Drop the buffers."""
         if self._staging is not None:
             self._staging.close()
 
@@ -112,7 +106,6 @@ class DiskStore:
             for at in range(0, piece.nbytes, CHUNK)
             if (left := piece.nbytes - at)
         ]
-        self._pending = [future for future in self._pending if not future.done()] + futures
 
         def wait() -> None:
             for future in futures:

@@ -7,11 +7,13 @@ that. The device orders this itself by marks (events), so the host queues unit a
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from lightx2v.errors import LightX2VError
 from lightx2v.features.offload.store import Store, Wait
 from lightx2v.platform import CopyQueue
 
@@ -88,12 +90,9 @@ class Ring:
                 raise RuntimeError("more units are used at once than there are slots")
             self._load(unit, slot)
         if slot.arriving is not None:
-            try:
-                self._queue.wait(slot.arriving())
-            except BaseException:
-                slot.unit = None
-                raise
-            slot.arriving = None
+            arriving, slot.arriving, slot.unit = slot.arriving, None, None
+            self._queue.wait(arriving())
+            slot.unit = unit
         slot.users += 1
         self._clock += 1
         slot.last_used = self._clock
@@ -112,7 +111,11 @@ class Ring:
         slot.free = self._queue.mark()
 
     def close(self) -> None:
-        """Give up the slots."""
+        """Give up the slots, once nothing is on its way to them."""
+        for slot in self._slots:
+            if slot.arriving is not None:
+                with suppress(LightX2VError):  # nobody asked for it
+                    self._queue.wait_here(slot.arriving())
         self._store.close()
         self._slots = []
 
