@@ -29,7 +29,7 @@ HELP = {
     "explain": "Print what would run, on which kernels and why, without loading weights.",
     "convert": "Convert a checkpoint: layout, quantization, LoRA.",
     "calibrate": "Measure what a feature cache has to know of a model.",
-    "eval": "Measure a quantization against the unquantized model.",
+    "eval": "Measure what a configuration costs against the plain model.",
     "bench": "Measure speed, and other libraries' speed beside it.",
     "doctor": "Print the devices, the versions, and which kernel libraries are there.",
     "schema": "Print the JSON Schema of the settings.",

@@ -151,7 +151,7 @@ def table(report: Report) -> str:
     """The report as text."""
     count, right = len(report.results), report.right()
     base = report.right(reference=True) if report.distances else None
-    lines = [f"{'':<12}{'right':>7}{'of':>7}{'share':>9}" + (f"{'unquantized':>14}" if base else "")]
+    lines = [f"{'':<12}{'right':>7}{'of':>7}{'share':>9}" + (f"{'plain':>14}" if base else "")]
     for name, n in right.items():
         row = f"{name:<12}{n:>7}{count:>7}{n / count:>9.1%}"
         lines.append(row + (f"{base[name] / count:>14.1%}" if base else ""))
@@ -175,7 +175,7 @@ def _distance_line(report: Report) -> str:
         parts.append(f"LPIPS mean {found['lpips_mean']:.4f}")
     if found["equal_clips"]:
         parts.append(f"{found['equal_clips']} clips equal")
-    return "against the unquantized run: " + "; ".join(parts)
+    return "against the plain run: " + "; ".join(parts)
 
 
 def _describe(result: Result) -> str:

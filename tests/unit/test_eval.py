@@ -152,8 +152,10 @@ def test_wrong_arguments_exit_with_2(arguments: list[str], built: list[str]) -> 
     assert not built
 
 
-def test_unquantized_keeps_every_other_setting() -> None:
-    config = load_config(str(CONFIGS / "quantization/wan_t2v_int8_converted.json"), {"sampling.steps": 3})
-    plain = cli.unquantized(config)
+def test_plain_keeps_every_other_setting() -> None:
+    chosen = {"sampling.steps": 3, "cache.type": "fora", "attention.type": "fp8_ref", "sampling.cfg_schedule": ":2"}
+    config = load_config(str(CONFIGS / "quantization/wan_t2v_int8_converted.json"), chosen)
+    plain = cli.plain(config)
     assert plain.sampling.steps == 3 and plain.mm_config.mm_type == "Default"
     assert plain.dit_quantized_ckpt is None and not plain.t5.quantized
+    assert plain.cache.type == "none" and plain.attention.type == "auto" and plain.sampling.cfg_schedule is None
