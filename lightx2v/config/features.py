@@ -91,7 +91,7 @@ class CacheConfig(Section):
         default=None, description="Timesteps, of 0 to 1000, between which the method works."
     )
     codebook: Annotated[tuple[Annotated[tuple[float, int], Field(strict=False)], ...], Field(strict=False)] | None = (
-        Field(default=None, description="AdaCache: pairs of a change and the steps to leave out up to it, rising.")
+        Field(default=None, description="AdaCache: rising changes, each with the steps to the next computed one.")
     )
     motion: bool | None = Field(default=None, description="AdaCache: compute more often where the frames differ much.")
     cfg_gate: Annotated[float, Field(gt=0, le=1)] | None = Field(
