@@ -358,7 +358,7 @@ def host_memory(nbytes: int, device: DeviceInfo) -> torch.Tensor:
     """uint8 [nbytes] of host memory, page-locked where copies to `device` then run beside its work.
 
     It is mapped for itself, so that all of it goes back to the system, and registered rather than taken from torch's
-    allocator of such memory, which rounds every size up to a power of two. Raises ResourceError when there is too little.
+    allocator of such memory, which rounds every size up to a power of two. Raises ResourceError for lack of it.
     """
     import torch
 

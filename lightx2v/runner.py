@@ -76,7 +76,7 @@ class Runner:
         plan = replan_loras(self.plan, loras)
         with self.components.use("dit", self.timer) as loaded:
             if loaded.loras.switch(plan.loras) and loaded.graphs is not None:
-                loaded.graphs.recorded.clear()
+                loaded.graphs.forget()
         self.plan = self.components.plan = plan
 
     def metadata(self, request: Request) -> dict[str, str]:

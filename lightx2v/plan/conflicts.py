@@ -6,14 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightx2v.config.schema import Config
+from lightx2v.config.schema import CacheConfig, Config
 from lightx2v.errors import ConfigError
 from lightx2v.features.offload.choose import check_settings
 
 _INSIDE = ("fora", "pab")
 """Caches that leave out parts of a block."""
-_PREFIX = ("fbcache", "dbcache")
-"""Caches that run the first blocks, and by what they give decide on the others."""
 
 
 @dataclass(frozen=True)
@@ -25,37 +23,44 @@ class Conflict:
     holds: Callable[[Config], bool]
     """Whether a configuration has both."""
     reason: str
+    do: str = "leave one of them out"
+
+
+def _ratios_of_other_steps(config: Config) -> bool:
+    """Whether MagCache's ratios were not measured at the timesteps of a step list, as far as can be seen here."""
+    cache, listed = config.cache, config.sampling.denoising_step_list
+    return cache.type == "magcache" and listed is not None and cache.file is None and _steps_of(cache) != len(listed)
+
+
+def _steps_of(cache: CacheConfig) -> int | None:
+    """The steps that the ratios of a configuration were measured at: one number for each."""
+    if not cache.ratios:
+        return None
+    first = cache.ratios[0]
+    return len(first) if isinstance(first, tuple) else len(cache.ratios)
 
 
 CONFLICTS = (
     Conflict(
         "cache.type",
-        "compile",
-        lambda config: config.cache.type in _INSIDE and config.compile,
-        "leaves out parts of a block, which compile makes one graph",
-    ),
-    Conflict(
-        "cache.type",
         "graphs",
-        lambda config: config.cache.type in (*_INSIDE, *_PREFIX) and config.graphs,
-        "runs parts of what a graph records as a whole",
+        lambda config: config.cache.type in _INSIDE and config.graphs,
+        "computes parts of a block at some steps and not at others, and a recorded graph always does the same",
     ),
     Conflict(
-        "offload.granularity",
         "cache.type",
-        lambda config: _streams(config, "phase") and config.cache.type in _INSIDE,
-        "moves the weights of a part of a block when it is called, and the cache calls a stand-in for it",
+        "sampling.denoising_step_list",
+        _ratios_of_other_steps,
+        "goes by ratios from step to step, which hold for the steps that they were measured at",
+        do="measure them with the list: lightx2v calibrate --cache, then set cache.file; or take another cache",
     ),
 )
-"""Beside those that a section finds in itself: `features.offload.choose.check_settings`, `sampling.build`."""
-
-
-def _streams(config: Config, granularity: str) -> bool:
-    return config.offload.enabled is True and config.offload.granularity == granularity
+"""Beside those that a section finds in itself: `features.offload.choose.check_settings`, `features.cache.build`,
+`sampling.build`."""
 
 
 def check_together(config: Config) -> None:
-    """Raise ConfigError for the first pair of settings that do not go together."""
+    """Raise ConfigError for the first pair of settings that do not go together, on whatever device and model."""
     check_settings(config.offload, compiled=config.compile, graphs=config.graphs)
     for conflict in CONFLICTS:
         if conflict.holds(config):
@@ -63,7 +68,7 @@ def check_together(config: Config) -> None:
                 conflict.first,
                 f"{_value(config, conflict.first)} does not go with {conflict.second} "
                 f"{_value(config, conflict.second)}: it {conflict.reason}",
-                do="leave one of them out",
+                do=conflict.do,
             )
 
 
@@ -71,4 +76,6 @@ def _value(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
         value = getattr(value, part)
+    if isinstance(value, tuple):
+        return list(value)
     return str(value).lower() if isinstance(value, bool) else value

@@ -142,7 +142,7 @@ AXES: tuple[Axis, ...] = (
             _cache("pab", 0.5, 0.5, interval=2),
         ),
     ),
-    Axis("cache.store", (_approximate("fp8", 0.05, 0.05, cache__store="fp8"),), only_with="cache"),
+    Axis("cache.store", (_approximate("kept in fp8", 0.05, 0.05, cache__store="fp8"),), only_with="cache"),
     Axis("cache.cfg_gate", (_approximate("cfg_gate", 0.5, 0.5, cache__cfg_gate=0.5),)),
     Axis(
         "offload",

@@ -22,7 +22,7 @@ from lightx2v.io.media import read_metadata, read_video
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.pipeline import LightX2VPipeline
 from lightx2v.sampling.loop import Progress
-from tests.models.tiny_pipelines import SEED, STEPS, WRITERS, diffusers_frames, psnr, settings
+from tests.models.tiny_pipelines import EXTRA, SEED, STEPS, WRITERS, diffusers_frames, psnr, settings
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +102,19 @@ def test_requests_differ_as_asked_and_leave_nothing_behind(folders: dict[str, Pa
     plain = pipeline("sd3", folders["sd3"])
     plain.generate(quiet=True)
     assert np.array_equal(plain.generate(quiet=True, shift=1.0), diffusers_frames(theirs, "sd3"))
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs" / "diffusers").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configuration_runs(path: Path, folders: dict[str, Path]) -> None:
+    name = next((name for name in WRITERS if path.stem.startswith(name)), "sd3")
+    small = {"model_path": str(folders[name]), "device": "cpu", "dtype": "float32", "sampling.steps": 4, "prompt": "a"}
+    small |= {"pipeline_args": EXTRA["pixart"]} if name == "pixart" else {}
+    small |= {"text_len": 24, "video.frames": 9} if name == "cogvideox" else {}
+    config = load_config(str(path), {**small, "video.height": 32, "video.width": 32})
+    assert LightX2VPipeline.from_config(config).generate(quiet=True).shape[1:] == (32, 32, 3)
 
 
 def test_command_line(tmp_path: Path, folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -64,11 +64,6 @@ REUSING: dict[str, dict[str, Any]] = {
 }
 
 
-class Wider(CacheConfig):
-    codebook: tuple[tuple[float, int], ...] | None = None
-    motion: bool | None = None
-
-
 SHAPES = {"wan": (1, 16, 3, 4, 4), "flux": (1, 16, 1, 8, 8), "double": (1, 8, 2, 4, 4)}
 KINDS = tuple(SHAPES)
 
@@ -86,7 +81,7 @@ def conditions(kind: str, branches: tuple[Branch, ...]) -> Mapping[Branch, Condi
 
 def made(kind: str, method: str, options: Mapping[str, Any], **more: Any) -> Cache:
     facts = Facts.of(model(kind), family="any", task="any", width=8, pixels=4096)
-    found = build(Wider(type=method, **options, **more), facts)
+    found = build(CacheConfig(type=method, **options, **more), facts)
     assert found is not None
     return found
 

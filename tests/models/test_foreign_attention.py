@@ -24,8 +24,8 @@ from lightx2v.platform import select_device
 from tests.models.tiny_pipelines import STEPS, WRITERS, psnr, settings
 
 CPU = select_device("cpu")
-CALLS = {"sdxl": 2 * (4 + 2 * 2 + 2 * 2 + 6 + 3), "pixart": 6, "sd3": 3, "cogvideox": 4}
-"""Attentions of the denoiser: blocks times one or two."""
+CALLS = {"sdxl": 2 * (2 + 4 + 2 + 6 + 3), "pixart": 6, "sd3": 3, "cogvideox": 4}
+"""Attentions of the denoiser in one forward: of the UNet two in each transformer of its levels and its middle."""
 
 
 class Recorder:
@@ -98,6 +98,25 @@ def test_eight_bit_attention_in_the_last_steps_only(folders: dict[str, Path]) ->
     partly = run(made)
     assert made.routing is not None and made.routing.taken == CALLS["cogvideox"] * 2
     assert 90 > psnr(partly, plain) > psnr(everywhere, plain) > 30
+
+
+def test_compiled_blocks_call_the_backend(
+    folders: dict[str, Path], recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[nn.Module] = []
+
+    def compile_eagerly(module: nn.Module) -> None:
+        compiled.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_eagerly)
+    plain = run(runner("pixart", folders["pixart"]))
+    options = {"compile": True, "attention.type": "recorder", "cache.type": "taylorseer", "cache.interval": 2}
+    got = run(runner("pixart", folders["pixart"], **options))
+    assert [type(module).__name__ for module in compiled] == ["BasicTransformerBlock"] * 3
+    # Three of five steps are computed, and the first forward once more in turn and once as diffusers runs it.
+    assert len(recorder.calls) == CALLS["pixart"] * (3 + 2)
+    assert 10 < psnr(got, plain) < 90
 
 
 def test_text_masks_of_pixart_reach_the_backend(folders: dict[str, Path], recorder: Recorder) -> None:

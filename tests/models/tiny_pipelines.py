@@ -243,6 +243,11 @@ def settings(name: str, folder: Path, **overrides: Any) -> dict[str, Any]:
 def diffusers_frames(pipe: Any, name: str, **overrides: Any) -> np.ndarray:
     """What the pipeline `name` of diffusers makes by itself of the same request, uint8 [T, H, W, 3]."""
     pipe.set_progress_bar_config(disable=True)
+    for part in pipe.components.values():
+        for parameter in part.parameters() if isinstance(part, nn.Module) else ():
+            parameter.data = (
+                parameter.data.clone()
+            )  # mapped files lie at odd addresses, where some sums round otherwise
     arguments = {
         "prompt": PROMPT,
         "negative_prompt": NEGATIVE,

@@ -104,6 +104,10 @@ def test_an_option_that_the_method_does_not_read_names_those_it_reads() -> None:
         ({"type": "easycache", "store": "fp8"}, "cache.store"),
         ({"type": "teacache", "coefficients": (1.0,), "file": "x.json"}, "beside cache.coefficients"),
         ({"type": "magcache", "file": "missing.json"}, "cannot be read"),
+        ({"type": "pab", "window": (800, 100)}, "800 to 100"),
+        ({"type": "adacache", "codebook": ()}, "cache.codebook"),
+        ({"type": "adacache", "codebook": ((0.2, 3), (0.1, 1))}, "rising"),
+        ({"type": "adacache", "codebook": ((0.2, 0),)}, "1 or more"),
         ({"type": "deepcache"}, "not for a native transformer"),
     ],
 )
@@ -115,25 +119,18 @@ def test_ret_steps_need_a_signal_of_time() -> None:
     assert "cache.use_ret_steps" in refused(FLUX, type="teacache", use_ret_steps=True)
 
 
-class Wider(CacheConfig):
-    """The section with options that not every version of the configuration offers."""
-
-    cfg_gate: float | None = None
-    codebook: tuple[tuple[float, int], ...] | None = None
-    motion: bool | None = None
-
-
 def test_the_gate_is_around_a_method_or_alone() -> None:
-    gate = build(Wider(type="fora", cfg_gate=0.5), WAN)
+    gate = build(CacheConfig(type="fora", cfg_gate=0.5), WAN)
     assert isinstance(gate, CfgGate) and gate.method == "fora + cfg_gate" and gate.share == 0.5
-    alone = build(Wider(cfg_gate=0.5), WAN)
+    assert made(type="fbcache", cfg_gate=0.5).first_blocks == 1
+    alone = build(CacheConfig(cfg_gate=0.5), WAN)
     assert isinstance(alone, CfgGate) and alone.cache is None
     with pytest.raises(ConfigError, match=r"cache\.cfg_gate"):
-        build(Wider(cfg_gate=0.5), FLUX)
+        build(CacheConfig(cfg_gate=0.5), FLUX)
 
 
 def test_adacache_takes_a_codebook() -> None:
-    ada: Any = build(Wider(type="adacache", codebook=((0.1, 3), (1.0, 1)), motion=True), WAN)
+    ada = made(type="adacache", codebook=((0.1, 3), (1.0, 1)), motion=True)
     assert ada.codebook == ((0.1, 3), (1.0, 1)) and ada.motion
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lightx2v.features.base import RunInfo
 from lightx2v.features.cache.adacache import FOR_30_STEPS, FOR_100_STEPS
-from lightx2v.features.cache.coefficients import MODELS, lookup
+from lightx2v.features.cache.coefficients import Published, lookup, published
 from lightx2v.features.cache.facts import Facts
 from lightx2v.features.cache.fora import Fora
 from lightx2v.features.cache.gate import CfgGate
@@ -57,7 +57,7 @@ def published_magcache(ratios: Sequence[float], threshold: float, max_skip: int,
 
 
 def model(name: str) -> Any:
-    return next(known for known in MODELS if known.name == name)
+    return next(known for known in published() if known.name == name)
 
 
 @pytest.mark.parametrize(
@@ -240,7 +240,22 @@ def test_a_checkpoint_is_told_by_its_sizes(
 
 
 def test_published_lists_have_a_ratio_for_every_step() -> None:
-    lengths = {known.name: {len(ratios) for ratios in known.ratios.values()} for known in MODELS if known.ratios}
+    lengths = {known.name: {len(ratios) for ratios in known.ratios.values()} for known in published() if known.ratios}
     assert lengths["Wan2.1 I2V 14B 720P"] == {40} and lengths["FLUX.1 dev"] == {28}
     assert all(len(counts) == 1 for counts in lengths.values())
-    assert all(ratios[0] == 1 for known in MODELS for ratios in known.ratios.values())
+    assert all(ratios[0] == 1 for known in published() for ratios in known.ratios.values())
+
+
+@pytest.mark.parametrize("known", published(), ids=lambda known: known.name)
+def test_every_published_model_is_found_by_its_own_description_and_says_where_it_is_from(known: Published) -> None:
+    facts = Facts(
+        known.family,
+        known.tasks[-1],
+        known.width or 1,
+        known.blocks or 1,
+        known.pixels[0],
+        known.variants[0] if known.variants else "",
+    )
+    assert lookup(facts) is known
+    assert known.source and (known.head or known.ratios)
+    assert {len(numbers) for numbers in (known.head, known.blocks_signal) if numbers} <= {5}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightx2v.bench import work
 from lightx2v.bench.peers.base import Choice, Peer
+from lightx2v.foreign.build import is_fp32
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.keymap import to_original
 
@@ -46,11 +47,6 @@ def empty_transformer(arch: WanArch) -> nn.Module:
     model.rope = type(model.rope)(arch.head_dim, arch.patch_size, model.config.rope_max_seq_len)
     done: nn.Module = model
     return done
-
-
-def is_fp32(model: Any, name: str) -> bool:
-    """Whether diffusers keeps the parameter `name` in float32 when it loads a checkpoint in bfloat16."""
-    return bool(set(model._keep_in_fp32_modules) & set(name.split(".")))
 
 
 def quantize_blocks(model: Any, choice: Choice) -> None:

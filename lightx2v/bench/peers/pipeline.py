@@ -11,9 +11,10 @@ from torch import Tensor
 from lightx2v.bench import work
 from lightx2v.bench.measure import Staged
 from lightx2v.bench.peers.base import Choice
-from lightx2v.bench.peers.diffusers import empty_transformer, is_fp32, quantize_blocks
+from lightx2v.bench.peers.diffusers import empty_transformer, quantize_blocks
 from lightx2v.components import Components
 from lightx2v.errors import LightX2VError
+from lightx2v.foreign.build import is_fp32
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.models.wan.keymap import to_diffusers
 from lightx2v.plan import Plan

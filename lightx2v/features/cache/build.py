@@ -182,11 +182,26 @@ def _check_blocks(first: int, last: int, facts: Facts) -> None:
 
 
 def _ada(holding: Holding, given: Options, facts: Facts) -> Cache:
+    if "codebook" in given:
+        bounds, lengths = zip(*given["codebook"], strict=True) if given["codebook"] else ((), ())
+        if not bounds or list(bounds) != sorted(set(bounds)) or min(lengths) < 1:
+            raise ConfigError(
+                "cache.codebook",
+                f"{[list(pair) for pair in given['codebook']]} is none",
+                allowed="pairs of a change, rising, and of the steps to the next computed one, 1 or more",
+            )
     return adacache.AdaCache(holding, **given)
 
 
 def _easy(holding: Holding, given: Options, facts: Facts) -> Cache:
     return easycache.EasyCache(**given)
+
+
+def _pab(holding: Holding, **given: Any) -> BranchCache:
+    low, high = given.get("window", pab.WINDOW)
+    if low >= high:
+        raise ConfigError("cache.window", f"is {low:g} to {high:g}", allowed="two timesteps, the smaller one first")
+    return pab.Pab(holding, **given)
 
 
 def _branch(make: Callable[..., BranchCache]) -> Callable[[Holding, Options, Facts], Cache]:
@@ -209,5 +224,5 @@ _MAKERS: dict[str, Callable[[Holding, Options, Facts], Cache]] = {
     "adacache": _ada,
     "easycache": _easy,
     "fora": _branch(fora.Fora),
-    "pab": _branch(pab.Pab),
+    "pab": _branch(_pab),
 }

@@ -1,16 +1,22 @@
-"""Published coefficients and ratios, by model: data, and how a checkpoint is told to be one of these models.
+"""Published coefficients and ratios: what `assets/cache_coefficients.json` has, and which entry is for a checkpoint.
 
-TeaCache's polynomials are those of its authors (ali-vilab/TeaCache), MagCache's ratios those of its authors
-(Zehong-Ma/MagCache), where no other source is named.
+In that file an entry is one model. What it leaves out fits any model, or was not published; `pixels` are those of a
+request, at least and less than; one list of ratios serves both branches; `source` is the project that measured it.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 from lightx2v.features.cache.facts import Facts
 from lightx2v.models.base import Branch
+
+FILE = Path(__file__).parents[2] / "assets" / "cache_coefficients.json"
 
 Ratios = Mapping[Branch, tuple[float, ...]]
 """Of MagCache, for each branch one a step, the first 1."""
@@ -23,11 +29,12 @@ class Published:
     name: str
     family: str
     tasks: tuple[str, ...]
+    source: str
     width: int | None = None
     blocks: int | None = None
     variants: tuple[str, ...] = ()
     """Empty: any."""
-    pixels: tuple[int, int] = (0, 2**63)
+    pixels: tuple[int, int | None] = (0, None)
     """Of requests that this checkpoint was made for: at least, and less than."""
     head: tuple[float, ...] = ()
     """TeaCache's polynomial for the signal without `use_ret_steps`, or for the only signal there is; the coefficient of
@@ -38,228 +45,30 @@ class Published:
 
     def fits(self, facts: Facts) -> bool:
         """Whether a request with such a model is one with this model."""
+        least, below = self.pixels
         return (
             facts.family == self.family
             and facts.task in self.tasks
             and self.width in (None, facts.width)
             and self.blocks in (None, facts.blocks)
             and (not self.variants or facts.variant in self.variants)
-            and self.pixels[0] <= facts.pixels < self.pixels[1]
+            and least <= facts.pixels
+            and (below is None or facts.pixels < below)
         )
 
 
 def lookup(facts: Facts) -> Published | None:
-    """The published numbers of the model that `facts` describe, if there are any."""
-    return next((model for model in MODELS if model.fits(facts)), None)
+    """The published numbers of the model that `facts` describe, if there are any: the first entry that fits."""
+    return next((model for model in published() if model.fits(facts)), None)
 
 
-def _ratios(*lists: str) -> Ratios:
-    """One list for both branches, or one for each."""
-    numbers = [tuple(map(float, text.split())) for text in lists]
-    return {"cond": numbers[0], "uncond": numbers[-1]}
+@lru_cache(maxsize=1)
+def published() -> tuple[Published, ...]:
+    """All entries of the file, in its order."""
+    return tuple(_entry(**entry) for entry in json.loads(FILE.read_text("utf-8")))
 
 
-_WAN_T2V_14B = _ratios(
-    """
-    1 1.02504 1.00025 0.9985 0.99779 0.9966 0.99482 0.99467 0.99664 0.99434 0.99533 0.99468 0.99438 0.99516 0.99384
-    0.99404 0.99517 0.99409 0.99428 0.99347 0.99418 0.99271 0.99313 0.99215 0.99218 0.99216 0.99163 0.99138 0.98982
-    0.98996 0.9887 0.98772 0.98767 0.98573 0.98501 0.9838 0.98177 0.98037 0.97678 0.97546 0.97184 0.96711 0.96349
-    0.95629 0.94926 0.93964 0.92511 0.90693 0.8796 0.86111
-    """,
-    """
-    1 1.03017 1.00251 0.99962 0.99771 0.99658 0.99476 0.99451 0.99656 0.99431 0.99545 0.99465 0.99434 0.99517 0.9938
-    0.99401 0.99516 0.99408 0.99426 0.99343 0.99416 0.99269 0.99311 0.99215 0.99215 0.99217 0.99161 0.99135 0.9898
-    0.98995 0.98866 0.9877 0.98765 0.9857 0.98498 0.98376 0.98173 0.98035 0.97677 0.97543 0.97183 0.96708 0.96345
-    0.95625 0.94929 0.93961 0.92504 0.90678 0.87945 0.86189
-    """,
-)
-_WAN_T2V_1_3B = _ratios(
-    """
-    1 1.0124 1.00166 0.99791 0.99682 0.99634 0.99567 0.99416 0.99578 0.9957 0.99511 0.99535 0.99552 0.99541 0.9954
-    0.99489 0.99518 0.99484 0.99481 0.99415 0.99419 0.99396 0.99388 0.99349 0.99309 0.9927 0.99228 0.99171 0.99137
-    0.99068 0.99005 0.98944 0.98849 0.98758 0.98644 0.98504 0.9836 0.98202 0.97977 0.97717 0.9741 0.97003 0.96538
-    0.9593 0.95086 0.94013 0.92402 0.90241 0.86821 0.81838
-    """,
-    """
-    1 1.02213 1.0041 1.00061 0.99762 0.99685 0.99586 0.99422 0.99575 0.99563 0.99506 0.99531 0.99549 0.99539 0.99536
-    0.99485 0.99514 0.99478 0.99479 0.99413 0.99416 0.99393 0.99386 0.99349 0.99304 0.9927 0.99226 0.9917 0.99135
-    0.99063 0.99003 0.98942 0.98849 0.98757 0.98643 0.98503 0.98359 0.98201 0.97978 0.97718 0.97411 0.97002 0.96541
-    0.95933 0.95089 0.94019 0.92414 0.9026 0.86868 0.81939
-    """,
-)
-_WAN_I2V_480P = _ratios(
-    """
-    1 0.98783 0.97559 0.98311 0.98202 0.9888 0.98762 0.98957 0.99052 0.99383 0.98857 0.99065 0.98845 0.99057 0.98957
-    0.98601 0.98823 0.98756 0.98808 0.98721 0.98571 0.98543 0.98157 0.98411 0.97952 0.98149 0.9774 0.97825 0.97355
-    0.97085 0.97056 0.96588 0.96113 0.9567 0.94961 0.93973 0.93217 0.91878 0.90955 0.92617
-    """,
-    """
-    1 0.98993 0.97593 0.98319 0.98225 0.98878 0.98759 0.98971 0.99043 0.99384 0.9886 0.99068 0.98847 0.99057 0.98961
-    0.9861 0.98823 0.98759 0.98814 0.98724 0.98572 0.98544 0.98165 0.98413 0.97953 0.9815 0.97742 0.97826 0.97361
-    0.97087 0.97055 0.96587 0.96124 0.95681 0.94969 0.93988 0.93224 0.91896 0.90954 0.92616
-    """,
-)
-_WAN_I2V_720P = _ratios(
-    """
-    1 0.99428 0.98588 0.98273 0.99018 0.98911 0.98646 0.99454 0.9891 0.99124 0.99102 0.99215 0.99515 0.99576 0.99068
-    0.99097 0.99166 0.99041 0.99201 0.99101 0.98599 0.98845 0.98848 0.98862 0.98718 0.98497 0.98264 0.98389 0.97938
-    0.97535 0.97498 0.973 0.96827 0.96261 0.95335 0.94649 0.93397 0.91636 0.89088 0.8679
-    """,
-    """
-    1 0.99498 0.98621 0.98281 0.99023 0.98917 0.98652 0.99456 0.98909 0.99127 0.99103 0.99212 0.99515 0.99572
-    0.99072 0.99097 0.99169 0.99042 0.99198 0.99101 0.98603 0.98844 0.98851 0.98857 0.98719 0.98497 0.98263 0.98393
-    0.9794 0.97536 0.97499 0.97301 0.96828 0.96263 0.9534 0.94655 0.93414 0.9165 0.89109 0.86768
-    """,
-)
-_FLUX_DEV = _ratios(
-    """
-    1 1.21094 1.11719 1.07812 1.0625 1.03906 1.03125 1.03906 1.02344 1.03125 1.02344 0.98047 1.01562 1.00781 1
-    1.00781 1 1.00781 1 1 0.99609 0.99609 0.98047 0.98828 0.96484 0.95703 0.93359 0.89062
-    """,
-)
-_FLUX_KONTEXT = _ratios(
-    """
-    1 1.19531 1.07812 1.02344 1.03125 1.00781 1.02344 1.01562 1.01562 1 1.01562 1 1.00781 1 1.00781 1 1.00781
-    0.99609 1.01562 0.99219 1 0.99219 0.98438 0.99609 0.96484 0.96094 0.9375 0.93359
-    """,
-)
-_HUNYUAN_720P = _ratios(
-    """
-    1 1.0754 1.27807 1.11596 1.09504 1.05188 1.00844 1.05779 1.00657 1.04142 1.03101 1.00679 1.02556 1.00908 1.06949
-    1.05438 1.02214 1.02321 1.03019 1.00779 1.03381 1.01886 1.01161 1.02968 1.00544 1.02822 1.00689 1.02119 1.0105
-    1.01044 1.01572 1.02972 1.0094 1.02368 1.0226 0.98965 1.01588 1.02146 1.0018 1.01687 0.99436 1.00283 1.01139
-    0.97122 0.98251 0.94513 0.97656 0.90943 0.85703 0.75456
-    """,
-)
-_HUNYUAN_544P = _ratios(
-    """
-    1 1.06971 1.29073 1.11245 1.09596 1.05233 1.01415 1.05672 1.00848 1.03632 1.02974 1.00984 1.03028 1.00681
-    1.06614 1.05022 1.02592 1.01776 1.02985 1.00726 1.03727 1.01502 1.00992 1.03371 0.9976 1.02742 1.0093 1.01869
-    1.00815 1.01461 1.01152 1.03082 1.0061 1.02162 1.01999 0.99063 1.01186 1.0217 0.99947 1.01711 0.9904 1.00258
-    1.00878 0.97039 0.97686 0.94315 0.97728 0.91154 0.86139 0.76592
-    """,
-)
-_HUNYUAN_15_I2V_480P = _ratios(
-    """
-    1 1.01562 1.00781 1 1 1 1 1 1 1 1 0.99609 1 0.99609 1 0.99609 1 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609
-    0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99219 0.99219 0.99219 0.98828 0.98828 0.98828
-    0.98828 0.98438 0.98438 0.98047 0.98047 0.97656 0.97266 0.96484 0.95703 0.94922 0.92969 0.91016 0.88672
-    """,
-    """
-    1 1.02344 1.00781 1 1 1 1 1 1 1 1 0.99609 1 0.99609 1 0.99609 1 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609
-    0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99609 0.99219 0.99219 0.99219 0.99219 0.98828 0.98828
-    0.98828 0.98438 0.98438 0.98047 0.98047 0.97656 0.97266 0.96484 0.95703 0.94922 0.93359 0.91016 0.88672
-    """,
-)
-_QWEN_IMAGE = _ratios(
-    """
-    1 1.64062 1.45312 1.1875 1.17188 1.05469 1.21094 1.10938 1.11719 1.13281 1.11719 1.07812 1.07031 1.08594 1.08594
-    1.07812 1.03906 1.04688 1.07812 1.07031 1.03125 1.07812 1.04688 1.04688 1.04688 1.03906 1.01562 1.03125 1.02344
-    1.02344 1.02344 1.03906 1 1.01562 1 0.99219 1.00781 0.98047 0.95703 0.96875 0.99219 0.92578 0.92578 0.90625
-    0.85938 0.80469 0.87891 0.75 0.60938 0.55078
-    """,
-)
-
-_BETWEEN_480P_AND_720P = 600_000
-
-MODELS: tuple[Published, ...] = (
-    Published(
-        "Wan2.1 T2V 1.3B",
-        "wan2.1",
-        ("t2v",),
-        width=1536,
-        blocks=30,
-        head=(2.39676752e3, -1.31110545e3, 2.01331979e2, -8.29855975, 1.37887774e-1),
-        blocks_signal=(-5.21862437e4, 9.23041404e3, -5.28275948e2, 1.36987616e1, -4.99875664e-2),
-        ratios=_WAN_T2V_1_3B,
-    ),
-    Published(
-        "Wan2.1 T2V 14B",
-        "wan2.1",
-        ("t2v",),
-        width=5120,
-        blocks=40,
-        head=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
-        blocks_signal=(-3.03318725e5, 4.90537029e4, -2.65530556e3, 5.87365115e1, -3.15583525e-1),
-        ratios=_WAN_T2V_14B,
-    ),
-    Published(
-        "Wan2.1 I2V 14B 480P",
-        "wan2.1",
-        ("i2v",),
-        width=5120,
-        blocks=40,
-        pixels=(0, _BETWEEN_480P_AND_720P),
-        head=(-3.0233167e2, 2.23948934e2, -5.2546397e1, 5.8734844, -2.01973289e-1),
-        blocks_signal=(2.57151496e5, -3.54229917e4, 1.40286849e3, -1.35890334e1, 1.32517977e-1),
-        ratios=_WAN_I2V_480P,
-    ),
-    Published(
-        "Wan2.1 I2V 14B 720P",
-        "wan2.1",
-        ("i2v",),
-        width=5120,
-        blocks=40,
-        pixels=(_BETWEEN_480P_AND_720P, 2**63),
-        head=(-114.36346466, 65.26524496, -18.82220707, 4.91518089, -0.23412683),
-        blocks_signal=(8.1070546e3, 2.13393892e3, -3.72934672e2, 1.66203073e1, -4.17769401e-2),
-        ratios=_WAN_I2V_720P,
-    ),
-    Published(
-        "FLUX.1 Kontext",
-        "flux",
-        ("t2i", "i2i"),
-        width=3072,
-        blocks=57,
-        variants=("kontext",),
-        ratios=_FLUX_KONTEXT,
-    ),
-    Published(
-        "FLUX.1 dev",
-        "flux",
-        ("t2i", "i2i"),
-        width=3072,
-        blocks=57,
-        variants=("", "dev"),
-        head=(4.98651651e2, -2.83781631e2, 5.58554382e1, -3.82021401, 2.64230861e-1),
-        ratios=_FLUX_DEV,
-    ),
-    Published(
-        "HunyuanVideo",
-        "hunyuan_video",
-        ("t2v",),
-        pixels=(_BETWEEN_480P_AND_720P, 2**63),
-        head=(7.33226126e2, -4.01131952e2, 6.75869174e1, -3.14987800, 9.61237896e-2),
-        ratios=_HUNYUAN_720P,
-    ),
-    Published(
-        "HunyuanVideo 544P",
-        "hunyuan_video",
-        ("t2v",),
-        head=(7.33226126e2, -4.01131952e2, 6.75869174e1, -3.14987800, 9.61237896e-2),
-        ratios=_HUNYUAN_544P,
-    ),
-    # LightX2V's
-    Published(
-        "HunyuanVideo-1.5 I2V 480P",
-        "hunyuan_video_1.5",
-        ("i2v",),
-        pixels=(0, _BETWEEN_480P_AND_720P),
-        head=(8085.28429, -2446.07178, 249.489589, -9.10697865, 0.120261379),
-        ratios=_HUNYUAN_15_I2V_480P,
-    ),
-    Published(
-        "HunyuanVideo-1.5 I2V 720P",
-        "hunyuan_video_1.5",
-        ("i2v",),
-        head=(3843.00014, -1392.47433, 169.167679, -7.07679232, 0.102419011),
-    ),
-    # TeaCache: vLLM-Omni's, from ComfyUI-TeaCache
-    Published(
-        "Qwen-Image",
-        "qwen_image",
-        ("t2i",),
-        head=(-450.0, 280.0, -45.0, 3.2, -0.02),
-        ratios=_QWEN_IMAGE,
-    ),
-)
+def _entry(ratios: Any = (), **values: Any) -> Published:
+    by_branch = ratios if isinstance(ratios, dict) else dict.fromkeys(("cond", "uncond"), ratios) if ratios else {}
+    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return Published(**lists, ratios={branch: tuple(numbers) for branch, numbers in by_branch.items()})

@@ -28,6 +28,11 @@ class CfgGate:
     def report(self) -> CacheReport:
         return self._report if self.cache is None else self.cache.report
 
+    @property
+    def first_blocks(self) -> int:
+        """Blocks at the front that every forward computes, where `cache` has such."""
+        return getattr(self.cache, "first_blocks", 0)
+
     def kept_streams(self, blocks: int) -> float:
         return 0.0 if self.cache is None else self.cache.kept_streams(blocks)
 
