@@ -34,7 +34,8 @@ class PartSource:
     config: Config
 
 
-def _open(path: Path, quantized: bool) -> Checkpoint:
+def open_checkpoint(path: Path, quantized: bool) -> Checkpoint:
+    """For `Part.open`: a file or folder with the part alone."""
     return Checkpoint.open(path)
 
 
@@ -59,7 +60,7 @@ class Part:
     """Whether a run with this configuration needs it."""
     path: Callable[[Config], str | None] = lambda config: None
     """Where the configuration says it is, in place of `file`."""
-    open: Callable[[Path, bool], Checkpoint] = _open
+    open: Callable[[Path, bool], Checkpoint] = open_checkpoint
     """From its path, and whether quantized weights are wanted as they are, to its tensors."""
 
     def find(self, config: Config, files: Any) -> Path:
@@ -107,6 +108,10 @@ class Family(Protocol):
 
     def kept(self, arch: Any, request: Request) -> int:
         """Numbers that the blocks remember from step to step, for one branch."""
+        ...
+
+    def more_tokens(self, files: Any, request: Request) -> int:
+        """Tokens of the DiT's sequence beside those of the latents."""
         ...
 
     def encode(self, session: Session, request: Request) -> dict[Branch, Conditions]:

@@ -11,14 +11,13 @@ from torch import Tensor
 from lightx2v.encoders import clip_text, t5
 from lightx2v.errors import ConfigError
 from lightx2v.families.base import Part, PartSource, Session
+from lightx2v.families.decoders import decode, vae_parts
 from lightx2v.families.pictures import fitted, pixels
 from lightx2v.io.media import read_image
 from lightx2v.models.base import Branch, Conditions
 from lightx2v.models.flux.spec import FLUX as SPEC
 from lightx2v.request import Request
 from lightx2v.vae import kl
-from lightx2v.vae.tae import load_tiny_decoder
-from lightx2v.vae.tiling import enable_tiling
 
 REFERENCE_SIZES = (
     *((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104)),
@@ -26,6 +25,9 @@ REFERENCE_SIZES = (
     (1568, 672),
 )
 """Widths and heights of the pictures that Kontext was trained with (BFL's inference code)."""
+
+
+PIXELS_PER_TOKEN = 16 * 16
 
 
 def _load_t5(source: PartSource) -> Any:
@@ -48,29 +50,21 @@ def _load_clip(source: PartSource) -> Any:
     )
 
 
-def _load_vae(source: PartSource) -> Any:
-    vae = kl.load_vae(source.path, device=source.device)
-    if source.config.vae.tiling:
-        enable_tiling(vae.module)
-    return vae
-
-
-def _load_tae(source: PartSource) -> Any:
-    return load_tiny_decoder(
-        source.path,
-        channels=SPEC.latent_channels,
-        stride=SPEC.vae_stride,
-        device=source.device,
-        dtype=source.dtype,
-        scaled=source.config.vae.tae_scaled,
-    )
-
-
 class Flux:
     """Text-to-image, and image-to-image: by a reference in Kontext, by the strength of the noise in the others."""
 
     parts = (
-        Part("t5", "text_encoder", "text_encoder_2", _load_t5, t5.linear_shapes, config="t5", open=t5.open_t5),
+        Part(
+            "t5",
+            "text_encoder",
+            "text_encoder_2",
+            _load_t5,
+            t5.linear_shapes,
+            config="t5",
+            converted=("{kind}/t5xxl_{kind}.safetensors", "t5xxl_{kind}.safetensors"),
+            model_type="flux_t5",
+            open=t5.open_t5,
+        ),
         Part(
             "clip_text",
             "text_encoder",
@@ -79,23 +73,7 @@ class Flux:
             clip_text.linear_shapes,
             open=clip_text.open_clip_text,
         ),
-        Part(
-            "vae",
-            "vae",
-            "vae",
-            _load_vae,
-            open=kl.open_vae,
-            needed=lambda config: config.task == "i2i" or not config.vae.tae,
-            path=lambda config: config.vae.path,
-        ),
-        Part(
-            "tae",
-            "vae",
-            "tiny_vae",
-            _load_tae,
-            needed=lambda config: config.vae.tae,
-            path=lambda config: config.vae.tae_path,
-        ),
+        *vae_parts(SPEC, kl.load_vae, lambda config: config.task == "i2i", kl.open_vae),
     )
 
     def check(self, request: Request) -> None:
@@ -111,6 +89,12 @@ class Flux:
     def kept(self, arch: Any, request: Request) -> int:
         """Text passes through the blocks with the image: nothing is remembered."""
         return 0
+
+    def more_tokens(self, files: Any, request: Request) -> int:
+        """The text, and the reference picture that Kontext sees."""
+        width, height = REFERENCE_SIZES[len(REFERENCE_SIZES) // 2]
+        seen = files.variant == "kontext" and request.task == "i2i"
+        return int(files.arch.text_len) + (width * height // PIXELS_PER_TOKEN if seen else 0)
 
     def encode(self, session: Session, request: Request) -> dict[Branch, Conditions]:
         prompts: dict[Branch, str] = {"cond": request.prompt}
@@ -139,9 +123,7 @@ class Flux:
         return _encode(session, fitted(_picture(request), request.height, request.width))
 
     def decode(self, session: Session, latents: Tensor) -> Tensor:
-        with session.use("tae" if session.config.vae.tae else "vae") as vae, session.timer.stage("decode"):
-            image: Tensor = vae.decode(latents)
-        return image
+        return decode(session, latents)
 
 
 def reference(picture: Image.Image) -> Tensor:

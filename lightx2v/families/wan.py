@@ -10,13 +10,12 @@ from torch import Tensor
 from lightx2v.encoders import clip_vision, umt5
 from lightx2v.errors import ConfigError
 from lightx2v.families.base import Part, PartSource, Session
+from lightx2v.families.decoders import decode, vae_parts
 from lightx2v.families.pictures import fitted
 from lightx2v.io.media import read_image
 from lightx2v.models.base import Branch, Conditions
 from lightx2v.models.wan.spec import WAN as SPEC
 from lightx2v.request import Request
-from lightx2v.vae.tae import load_tiny_decoder
-from lightx2v.vae.tiling import enable_tiling
 from lightx2v.vae.wan import image_condition, load_vae
 
 CLIP_TOKENS = 257
@@ -41,24 +40,6 @@ def _load_clip(source: PartSource) -> Any:
         dtype=source.dtype,
         quant_plans=source.quant_plans,
         num_heads=source.files.clip_num_heads,
-    )
-
-
-def _load_vae(source: PartSource) -> Any:
-    vae = load_vae(source.path, device=source.device)
-    if source.config.vae.tiling:
-        enable_tiling(vae.module)
-    return vae
-
-
-def _load_tae(source: PartSource) -> Any:
-    return load_tiny_decoder(
-        source.path,
-        channels=SPEC.latent_channels,
-        stride=SPEC.vae_stride,
-        device=source.device,
-        dtype=source.dtype,
-        scaled=source.config.vae.tae_scaled,
     )
 
 
@@ -90,22 +71,7 @@ class Wan:
             model_type="wan_clip",
             needed=lambda config: config.task == "i2v",
         ),
-        Part(
-            "vae",
-            "vae",
-            "vae",
-            _load_vae,
-            needed=lambda config: config.task == "i2v" or not config.vae.tae,
-            path=lambda config: config.vae.path,
-        ),
-        Part(
-            "tae",
-            "vae",
-            "tiny_vae",
-            _load_tae,
-            needed=lambda config: config.vae.tae,
-            path=lambda config: config.vae.tae_path,
-        ),
+        *vae_parts(SPEC, load_vae, lambda config: config.task == "i2v"),
     )
 
     def check(self, request: Request) -> None:
@@ -120,6 +86,10 @@ class Wan:
         """Keys and values of the text and image tokens, in every block."""
         tokens = arch.text_len + (CLIP_TOKENS if request.task == "i2v" else 0)
         return int(arch.num_layers * tokens * arch.dim * 2)
+
+    def more_tokens(self, files: Any, request: Request) -> int:
+        """Text and image are in sequences of their own."""
+        return 0
 
     def encode(self, session: Session, request: Request) -> dict[Branch, Conditions]:
         image = latent = None
@@ -147,9 +117,7 @@ class Wan:
         return None
 
     def decode(self, session: Session, latents: Tensor) -> Tensor:
-        with session.use("tae" if session.config.vae.tae else "vae") as vae, session.timer.stage("decode"):
-            video: Tensor = vae.decode(latents)
-        return video
+        return decode(session, latents)
 
 
 WAN = Wan()

@@ -44,7 +44,7 @@ def _memory(
     """What the run takes, by where the DiT's weights are. `kept` are the tensors of the size of the stream of tokens
     that a cache keeps for each branch, `extra` the bytes of what is computed beside the weights."""
     _, t, h, w = family.latent_shape(request.height, request.width, request.frames)
-    tokens = t * h * w // math.prod(family.patch_size)
+    tokens = t * h * w // math.prod(family.patch_size) + family.surroundings.more_tokens(files, request)
     weights = {name: planned.loop_bytes for name, planned in components.items()}
     kinds: dict[str, str] = {"dit": "dit"}
     vae_dim = 0
