@@ -39,7 +39,7 @@ def _direction(word: str) -> str | None:
 def build_parser(prog: str = "lightx2v convert") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Quantize, rename, merge LoRAs into, and split or join the weights of Wan models.",
+        description="Quantize, rename, merge LoRAs into, and split or join the weights of Wan and FLUX.1 models.",
         allow_abbrev=False,
     )
     _file_flags(parser)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from lightx2v.convert.naming import Layout
 from lightx2v.errors import CheckpointError
 from lightx2v.io.files import whole_file
+from lightx2v.models.flux.arch import FluxArch
 from lightx2v.models.wan.arch import WanArch
 
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", ".index.json")
@@ -17,14 +19,42 @@ _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", ".index.jso
 
 def output_config(config: Path, source: Layout, output: Layout) -> dict[str, Any]:
     """The config.json for an output, from the source's. Raises CheckpointError for one that cannot be translated."""
+    content = _read(config)
+    if source == output:
+        return content
+    arch = WanArch.from_config(content, str(config))
+    return to_diffusers(arch) if output == "diffusers" else to_original(arch)
+
+
+def _read(config: Path) -> dict[str, Any]:
     try:
         content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(config), f"cannot be read as JSON: {error}") from error
-    if source == output and isinstance(content, dict):
-        return content
-    arch = WanArch.from_config(content, str(config))
-    return to_diffusers(arch) if output == "diffusers" else to_original(arch)
+    if not isinstance(content, dict):
+        raise CheckpointError(str(config), "is not a JSON object")
+    return content
+
+
+def flux_config(config: Path | None, source: Layout, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """The config of diffusers' FluxTransformer2DModel: the source's, or what the `shapes` of the original names say."""
+    if config is not None and source == "diffusers":
+        return _read(config)
+    arch = FluxArch.from_shapes(shapes, str(config))
+    return {
+        "_class_name": "FluxTransformer2DModel",
+        "attention_head_dim": arch.head_dim,
+        "axes_dims_rope": list(arch.axes),
+        "guidance_embeds": arch.guidance,
+        "in_channels": arch.in_dim,
+        "joint_attention_dim": arch.text_dim,
+        "num_attention_heads": arch.num_heads,
+        "num_layers": arch.num_layers,
+        "num_single_layers": arch.num_single_layers,
+        "out_channels": None,
+        "patch_size": 1,
+        "pooled_projection_dim": arch.pooled_dim,
+    }
 
 
 def to_diffusers(arch: WanArch) -> dict[str, Any]:

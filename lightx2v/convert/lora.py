@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,19 +38,21 @@ class Patch:
 
 
 def read_loras(
-    options: Iterable[LoraOption], naming: Naming, shapes: Mapping[str, tuple[int, ...]], match: str, layout: Layout
+    options: Sequence[LoraOption], naming: Naming, shapes: Mapping[str, tuple[int, ...]], match: str, layout: Layout
 ) -> tuple[dict[str, list[Patch]], list[Checkpoint]]:
     """The patches of each tensor (by original name), in the order of the files, and the files.
 
     `shapes` has the tensors of the source by original name. `match` is "auto" (names of either layout), "same" (of the
     output, which has `layout`) or "convert" (of the source). Raises CheckpointError as `read_lora` does.
     """
+    if not options:
+        return {}, []
     layouts: dict[str, tuple[Layout, ...]] = {"same": (layout,), "convert": (naming.source,)}
     names = tensor_names(
-        (name, Place(original))
-        for original in shapes
+        (name, Place(*place))
+        for original, shape in shapes.items()
         for layout in layouts.get(match, ("original", "diffusers"))
-        if (name := naming.output(original, layout)) is not None
+        for name, place in naming.named(original, shape, layout)
     )
     patches: dict[str, list[Patch]] = {}
     files = []

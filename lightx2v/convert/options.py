@@ -33,6 +33,7 @@ LINEAR_TYPES: Mapping[str, QSpec] = {
 }
 """Names of the weight schemes that can be written."""
 _OF_ENCODERS = ("int8", "fp8", "fp8-b128")
+_ENCODERS = ("wan_t5", "wan_clip", "flux_t5")
 LINEAR_DTYPES: Mapping[str, str] = {"torch.int8": "int8", "torch.float8_e4m3fn": "fp8"}
 """The older way to name a scheme: by the dtype of its codes."""
 FLOAT_DTYPES: Mapping[str, str] = {"torch.float32": "F32", "torch.bfloat16": "BF16", "torch.float16": "F16"}
@@ -76,6 +77,8 @@ MODEL_TYPES: Mapping[str, LayerRule] = {
     "wan_dit": LayerRule(2, ("self_attn", "cross_attn", "ffn")),
     "wan_t5": LayerRule(2, ("attn", "ffn")),
     "wan_clip": LayerRule(3, ("attn", "mlp"), ignore_keys=("textual",)),
+    "flux_dit": LayerRule(0, ("double_blocks", "single_blocks")),
+    "flux_t5": LayerRule(5, ("SelfAttention", "DenseReluDense"), ignore_quant_keys=("relative_attention_bias",)),
     DIFFUSERS: LayerRule(0, ()),
 }
 
@@ -153,8 +156,12 @@ class Options:
         idle = [flag for flag, value in given.items() if value not in (None, ())]
         if idle and not self.quantized:
             raise ConfigError(", ".join(idle), "has an effect only with --quantized", do="add --quantized")
-        if self.model_type in ("wan_t5", "wan_clip") and self.linear_type not in (None, *_OF_ENCODERS):
+        if self.model_type in _ENCODERS and self.linear_type not in (None, *_OF_ENCODERS):
             raise ConfigError("--linear_type", f"{self.linear_type} is for the DiT", allowed=", ".join(_OF_ENCODERS))
+        if self.quantized and self.direction == "forward" and self.model_type == "flux_dit":
+            raise ConfigError(
+                "--direction", "forward takes layers of flux_dit apart that are quantized whole", do="leave one out"
+            )
         if self.comfyui_mode and self.linear_type not in (None, "fp8", "fp8-pertensor"):
             raise ConfigError("--comfyui_mode", f"writes no {self.linear_type}", allowed="--linear_type fp8")
         spec = self.spec
@@ -190,6 +197,6 @@ class Options:
             usual.key_idx if self.key_idx is None else self.key_idx,
             self.target_keys or usual.target_keys,
             usual.ignore_keys + self.ignore_keys,
-            self.ignore_quant_keys,
+            usual.ignore_quant_keys + self.ignore_quant_keys,
             None if self.target_keys or self.key_idx is not None else self.layers,
         )

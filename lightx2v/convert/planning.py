@@ -11,12 +11,14 @@ from typing import Any
 
 from lightx2v import __version__
 from lightx2v.convert import naming as names
-from lightx2v.convert.configs import output_config
+from lightx2v.convert.checks import check_keys, check_names, check_rule, check_whole
+from lightx2v.convert.configs import flux_config, output_config
 from lightx2v.convert.lora import Patch, read_loras
-from lightx2v.convert.options import DIFFUSERS, MODEL_TYPES, LayerRule, Options
+from lightx2v.convert.opened import file_names, open_model, unread
+from lightx2v.convert.options import DIFFUSERS, Options
 from lightx2v.convert.source import fingerprint, locate
 from lightx2v.convert.writer import Slot
-from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.foreign.build import empty_model
 from lightx2v.foreign.index import read_model
 from lightx2v.foreign.layers import quantizable
@@ -28,7 +30,7 @@ from lightx2v.quant.spec import QSpec
 
 FORMAT_VERSION = "1"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
-_BLOCK = re.compile(r"(?:^|\.)(?:blocks|transformer)\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)(?:blocks?|transformer|(double|single)_blocks)\.(\d+)\.")
 _COMFY_NAMES = {"weight_scale": "scale_weight"}
 _COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))
 """What tells ComfyUI that the file has fp8 with scales: two zeros."""
@@ -36,14 +38,27 @@ _COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))
 
 @dataclass(frozen=True)
 class Item:
-    """One tensor of the source on its way: `weight`, and `scales` by leaf when `spec` says that it is quantized."""
+    """A tensor of the source, or some of its rows, on the way to `weight`, and to `scales` by leaf if quantized."""
 
     source: TensorInfo
+    """With the shape of the rows that are taken."""
     original: str
     weight: Slot
     scales: Mapping[str, Slot]
     spec: QSpec | None
     patches: tuple[Patch, ...]
+    rows: tuple[tuple[int, int], ...]
+    """Which rows [start, stop) of the tensor it is made of, one range below the other."""
+
+    def ranges(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """The rows of the tensor that become rows [start, stop)."""
+        found, first = [], 0
+        for begin, end in self.rows:
+            low, high = max(start - first, 0), min(stop - first, end - begin)
+            if low < high:
+                found.append((begin + low, begin + high))
+            first += end - begin
+        return found
 
     @property
     def slots(self) -> tuple[Slot, ...]:
@@ -105,9 +120,9 @@ def make_plan(options: Options) -> Plan:
     if options.model_type == DIFFUSERS:
         assert config is not None
         options = replace(options, layers=frozenset(quantizable(empty_model(read_model(config.parent)))))
-    checkpoint = Checkpoint.open(weights)
+    checkpoint = open_model(options.model_type, weights)
     _refuse_overwriting(options, checkpoint)
-    naming = names.detect(options.model_type, checkpoint.tensors, str(weights))
+    naming = names.detect(options.model_type, file_names(checkpoint), str(weights))
     layout: names.Layout = "diffusers" if options.direction == "forward" else "original"
     if layout == "diffusers" and options.model_type == "wan_clip":
         raise ConfigError(
@@ -115,12 +130,16 @@ def make_plan(options: Options) -> Plan:
         )
     tensors, dropped = _select(options, checkpoint, naming)
     shapes = {original: info.shape for original, info in tensors.items()}
+    if layout == "diffusers" and naming.aliases is not None:
+        check_whole(tensors)
     patches, lora_files = read_loras(options.loras, naming, shapes, options.lora_key_convert, layout)
-    _check_rule(options, tensors, str(weights))
-    _check_names([name for name in tensors if naming.output(name, layout) is None], str(weights))
+    check_rule(options, tensors, str(weights))
+    outputs = {original: naming.outputs(original, shape, layout) for original, shape in shapes.items()}
+    check_names([original for original, found in outputs.items() if not found], str(weights))
     items = [
-        _item(options, info, original, naming.output(original, layout) or original, tuple(patches.get(original, ())))
+        _item(options, info, original, output, tuple(patches.get(original, ())), ranges)
         for original, info in tensors.items()
+        for output, ranges in outputs[original].items()
     ]
     metadata = _metadata(options, checkpoint, lora_files, layout)
     shards = tuple(
@@ -128,8 +147,12 @@ def make_plan(options: Options) -> Plan:
     )
     if options.comfyui_mode:
         shards = (*shards[:-1], replace(shards[-1], zeros=(_COMFY_MARK,)))
-    described = output_config(config, naming.source, layout) if config else None
-    return Plan(options, checkpoint, described, shards, tuple(dropped))
+    described = None
+    if options.model_type == "flux_dit":  # the original has no config.json
+        described = flux_config(config, naming.source, shapes) if layout == "diffusers" else None
+    elif config is not None:
+        described = output_config(config, naming.source, layout)
+    return Plan(options, checkpoint, described, shards, (*dropped, *unread(checkpoint)))
 
 
 def _refuse_overwriting(options: Options, checkpoint: Checkpoint) -> None:
@@ -143,7 +166,7 @@ def _select(options: Options, checkpoint: Checkpoint, naming: names.Naming) -> t
     tensors: dict[str, TensorInfo] = {}
     dropped = []
     originals = {name: naming.original(name) for name in checkpoint.tensors}
-    _check_keys("--ignore-keys", options.ignore_keys, [original for original in originals.values() if original])
+    check_keys("--ignore-keys", options.ignore_keys, [original for original in originals.values() if original])
     for name, info in checkpoint.tensors.items():
         original = originals[name]
         if original is None or options.rule.drops(original):
@@ -165,49 +188,19 @@ def _natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _check_rule(options: Options, tensors: Mapping[str, TensorInfo], where: str) -> None:
-    """Refuse target keys that no layer has: typing errors, and checkpoints of another model."""
-    if options.spec is None:
-        return
-    rule = options.rule
-    _check_keys("--ignore-quant-keys", options.ignore_quant_keys, tensors)
-    if not _targets(rule, tensors) and _targets(replace(rule, ignore_quant_keys=()), tensors):
-        raise ConfigError("--ignore-quant-keys", "leaves no layer to quantize", do="leave out --quantized")
-    found = _targets(replace(rule, ignore_quant_keys=()), tensors)
-    missing = [key for key in rule.target_keys if key not in found]
-    if not missing:
-        return
-    what = f"no 2-D weight has '{missing[0]}' as component {rule.key_idx} of its name"
-    if options.target_keys or options.key_idx is not None:
-        there = sorted({part for name in tensors if (part := rule.component(name)) and not part.isdigit()})
-        raise ConfigError("--target-keys", what + suggestion(missing[0], there), allowed=", ".join(there[:20]))
-    others = [name for name, other in MODEL_TYPES.items() if {*other.target_keys} <= _targets(other, tensors)]
-    do = f"use --model_type {others[0]}" if others else "give a whole model, or name its layers with --target-keys"
-    raise CheckpointError(where, f"is not a {options.model_type}: {what}", do=do)
-
-
-def _targets(rule: LayerRule, tensors: Mapping[str, TensorInfo]) -> set[str]:
-    """The target keys that some layer has."""
-    return {rule.component(name) for name, info in tensors.items() if rule.quantizes(name, info.shape)}
-
-
-def _check_keys(flag: str, keys: Iterable[str], originals: Iterable[str]) -> None:
-    """Refuse keys that no name contains."""
-    components = {part for name in originals for part in name.split(".") if not part.isdigit()}
-    for key in keys:
-        if not any(key in name for name in originals):
-            raise ConfigError(flag, f"no tensor's name contains '{key}'{suggestion(key, components)}")
-
-
-def _check_names(unknown: list[str], where: str) -> None:
-    if unknown:
-        shown = ", ".join(unknown[:10]) + (", ..." if len(unknown) > 10 else "")
-        raise CheckpointError(
-            where, f"{len(unknown)} tensors have no name in diffusers: {shown}", do="drop them with --ignore-keys"
-        )
-
-
-def _item(options: Options, info: TensorInfo, original: str, output: str, patches: tuple[Patch, ...]) -> Item:
+def _item(
+    options: Options,
+    info: TensorInfo,
+    original: str,
+    output: str,
+    patches: tuple[Patch, ...],
+    ranges: names.Ranges,
+) -> Item:
+    height = info.shape[0] if info.shape else 1
+    rows = tuple((start, height if stop is None else stop) for start, stop in ranges)
+    taken = sum(stop - start for start, stop in rows)
+    if taken != height:
+        info = replace(info, shape=(taken, *info.shape[1:]), nbytes=info.nbytes // height * taken)
     spec = options.spec if options.rule.quantizes(original, info.shape) else None
     if (spec or patches) and info.dtype not in FLOAT_NAMES:
         raise CheckpointError(
@@ -223,10 +216,10 @@ def _item(options: Options, info: TensorInfo, original: str, output: str, patche
             if stored.required:
                 name = _COMFY_NAMES.get(leaf, leaf) if options.comfyui_mode else leaf
                 slots[leaf] = Slot(f"{layer}.{name}", HEADER_NAMES[stored.dtype], stored.shape)
-        return Item(info, original, slots.pop("weight"), slots, spec, patches)
+        return Item(info, original, slots.pop("weight"), slots, spec, patches, rows)
     is_scale = original.rpartition(".")[2] in SCALE_LEAVES
     dtype = info.dtype if info.dtype not in FLOAT_NAMES or is_scale else options.float_dtype or info.dtype
-    return Item(info, original, Slot(output, dtype, info.shape), {}, None, patches)
+    return Item(info, original, Slot(output, dtype, info.shape), {}, None, patches, rows)
 
 
 def _group(options: Options, items: list[Item]) -> dict[str, list[Item]]:
@@ -235,9 +228,14 @@ def _group(options: Options, items: list[Item]) -> dict[str, list[Item]]:
         return {f"{options.output_name}{options.output_ext}": items}
     groups: dict[str, list[Item]] = {}
     if options.save_by_block:
+        found = {item.original: match for item in items if (match := _BLOCK.search(item.original))}
+        # FLUX's single-stream blocks are numbered on after the double-stream ones.
+        doubles = 1 + max((int(match[2]) for match in found.values() if match[1] == "double"), default=-1)
         for item in items:
-            match = _BLOCK.search(item.original)
-            groups.setdefault(f"block_{match[1]}.safetensors" if match else "non_block.safetensors", []).append(item)
+            match = found.get(item.original)
+            number = int(match[2]) + (doubles if match[1] == "single" else 0) if match else None
+            file = "non_block.safetensors" if number is None else f"block_{number}.safetensors"
+            groups.setdefault(file, []).append(item)
         return groups
     part, count = 1, 0
     for item in items:

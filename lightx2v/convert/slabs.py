@@ -10,8 +10,8 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from lightx2v.convert.opened import open_rows
 from lightx2v.convert.planning import Item, Plan
-from lightx2v.convert.source import RowReader
 from lightx2v.errors import CheckpointError
 from lightx2v.io.dtypes import TORCH_DTYPES
 from lightx2v.platform import DeviceInfo
@@ -41,7 +41,7 @@ class Converter:
     """Source rows, plus LoRA, in float32, as codes and scales or in the dtype of the output."""
 
     def __init__(self, plan: Plan, device: DeviceInfo) -> None:
-        self.reader, self.device = RowReader(plan.checkpoint), device
+        self.reader, self.device = open_rows(plan.checkpoint), device
         self.slab = SLAB_ELEMENTS["cpu" if device.kind == "cpu" else "accelerator"]
         self._lock = threading.Lock()
         self._amax_locks: dict[str, threading.Lock] = {}
@@ -61,11 +61,16 @@ class Converter:
     def values(self, job: Job) -> Tensor:
         """The rows as they are to be stored or quantized: float32 where something is added or quantized."""
         item = job.item
-        rows = self.reader.rows(item.source.name, job.start, job.stop).to(self.device.torch_name)
+        ranges = item.ranges(job.start, job.stop)
+        read = [self.reader.rows(item.source.name, start, stop) for start, stop in ranges]
+        rows = (read[0] if len(read) == 1 else torch.cat(read)).to(self.device.torch_name)
         if item.spec or item.patches:
             rows = rows.to(torch.float32, copy=True) if item.patches else rows.float()
-            for patch in item.patches:
-                patch.add(rows, job.start, job.stop)
+            first = 0
+            for start, stop in ranges if item.patches else ():
+                for patch in item.patches:
+                    patch.add(rows[first : first + stop - start], start, stop)
+                first += stop - start
         return rows
 
     def convert(self, job: Job) -> dict[str, tuple[Tensor, int]]:
@@ -90,7 +95,7 @@ class Converter:
 
     def _largest(self, item: Item) -> Tensor:
         """The largest absolute value of a whole tensor, found slab by slab before its first rows are quantized."""
-        name = item.source.name
+        name = item.weight.name
         with self._lock:
             lock = self._amax_locks.setdefault(name, threading.Lock())
         with lock:

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,9 +21,15 @@ from lightx2v.io.gguf import ENDING
 from lightx2v.io.headers import TensorInfo, read_header
 from lightx2v.io.layout import PICKLES
 from lightx2v.io.weights import Checkpoint
-from lightx2v.models.wan.layout import WanFiles, detect
+from lightx2v.models.spec import FAMILIES, FamilySpec
 
-_PARTS = {"wan_dit": "dit", "wan_t5": "text_encoder", "wan_clip": "image_encoder"}
+_PARTS = {
+    "wan_dit": "dit",
+    "wan_t5": "text_encoder",
+    "wan_clip": "image_encoder",
+    "flux_dit": "dit",
+    "flux_t5": "text_encoder_2",
+}
 _SAMPLES, _SAMPLE_BYTES = 1024, 64
 
 
@@ -42,22 +49,23 @@ def locate(source: Path, model_type: str) -> tuple[Path, Path | None]:
         inside = weights_in(folder) if source.is_dir() else None
         return source if inside is None else inside[0], config
     if source.is_dir():
-        models = [found for task in ("t2v", "i2v") if (found := _model(source, task))]
-        parts = {getattr(model, _PARTS[model_type]): model for model in models} if models else {}
-        parts.pop(None, None)
+        family = FAMILIES["flux" if model_type.startswith("flux") else "wan2.1"]
+        models = [found for task in family.tasks if (found := _model(family, source, task))]
+        parts = {path: model for model in models if (path := getattr(model, _PARTS[model_type])) is not None}
         if len(parts) > 1:
             names = ", ".join(sorted(str(part) for part in parts))
             raise CheckpointError(str(source), f"holds several models: {names}", do="give one of them as --source")
         for part, model in parts.items():
-            weights, config = part, model.config
-    if config is not None and (model_type != "wan_dit" or not config.is_file()):
+            weights, config = part, getattr(model, "config", part.parent / "config.json")
+    if config is not None and (not model_type.endswith("_dit") or not config.is_file()):
         config = None
     return weights, config
 
 
-def _model(folder: Path, task: str) -> WanFiles | None:
+def _model(family: FamilySpec, folder: Path, task: str) -> Any:
+    """Where the parts of a model directory of `family` are; None for a folder that is none."""
     try:
-        return detect(folder, task)
+        return family.detect(folder, task)
     except CheckpointError:
         return None
 

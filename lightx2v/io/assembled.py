@@ -81,7 +81,7 @@ class Assembled(Checkpoint):
         return self.base.stored(first.name) if first is not None and first == Piece(first.name) and not others else None
 
     def _made(self, name: str, given: Mapping[str, Tensor]) -> Tensor:
-        parts = [_part(given, piece) for piece in self.pieces[name]]
+        parts = [taken(given, piece) for piece in self.pieces[name]]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
@@ -129,7 +129,8 @@ def _needed(pieces: Iterable[Piece]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _part(given: Mapping[str, Tensor], piece: Piece) -> Tensor:
+def taken(given: Mapping[str, Tensor], piece: Piece) -> Tensor:
+    """What a piece is of the tensors of the file, which `given` has by name."""
     tensor = given[piece.name]
     if piece.scale is not None:
         tensor = tensor.float() * given[piece.scale].float()
