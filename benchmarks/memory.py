@@ -7,38 +7,17 @@ from __future__ import annotations
 
 import argparse
 import gc
-from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from lightx2v.attention.base import select_attention
 from lightx2v.bench import work
 from lightx2v.features.once import OnceParts
-from lightx2v.io.source import FileSpan
 from lightx2v.platform import select_device
 
 CPU = torch.device("cpu")
-
-
-class RandomSource:
-    """Random tensors of these shapes, drawn again at each reading, in the place of a checkpoint."""
-
-    def __init__(self, shapes: dict[str, torch.Size]) -> None:
-        self.shapes = shapes
-
-    @property
-    def names(self) -> Collection[str]:
-        return list(self.shapes)
-
-    def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        wanted = {name: shape for name, shape in self.shapes.items() if names is None or name in set(names)}
-        return work.random_tensors(wanted, CPU, 0)
-
-    def locate(self, name: str) -> FileSpan | None:
-        return None
 
 
 def resident(key: str) -> int:
@@ -62,7 +41,7 @@ def main() -> None:
     attention, _, _ = select_attention("auto", device)
     plans = work.plan_layers(linears, args.mm_type, device)
     model = work.random_dit(arch, plans, device, 0, attention, False)
-    with OnceParts(model, RandomSource(shapes), CPU, "random weights").present():
+    with OnceParts(model, work.RandomSource(shapes, CPU), CPU, "random weights").present():
         pass
     gc.collect()
     grown, peak = resident("VmRSS") - before, resident("VmHWM")

@@ -16,14 +16,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightx2v.attention.base import select_attention
 from lightx2v.bench import work
@@ -31,7 +30,6 @@ from lightx2v.bench.inputs import Size, make_inputs
 from lightx2v.config.features import OffloadConfig
 from lightx2v.features.offload.load import load_offloaded
 from lightx2v.features.once import OnceParts
-from lightx2v.io.source import FileSpan
 from lightx2v.io.weights import stream_into
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import swap_linears
@@ -50,24 +48,6 @@ FORMS: dict[str, OffloadConfig | None] = {
 GIB = 2**30
 
 
-class RandomSource:
-    """Random weights, made when they are asked for."""
-
-    def __init__(self, shapes: dict[str, torch.Size], device: torch.device) -> None:
-        self.shapes, self.device = shapes, device
-
-    @property
-    def names(self) -> Collection[str]:
-        return self.shapes
-
-    def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
-        for name in self.shapes if names is None else names:
-            yield name, work.random_tensor(name, self.shapes[name], self.device, 0)
-
-    def locate(self, name: str) -> FileSpan | None:
-        return None
-
-
 def measure(args: argparse.Namespace, form: str) -> dict[str, Any]:
     """Load, then run `args.repeat` forward passes of one form."""
     device = select_device(args.device)
@@ -78,7 +58,7 @@ def measure(args: argparse.Namespace, form: str) -> dict[str, Any]:
     shapes, linears = work.dit_shapes(arch)
     plain_bytes = sum(shape.numel() for shape in shapes.values()) * work.DTYPE.itemsize
     swap_linears(model, work.plan_layers(linears, args.mm_type, device), work.DTYPE, auto_quant=True)
-    source = RandomSource(shapes, torch_device)
+    source = work.RandomSource(shapes, torch_device)
     before = reset(device)
     began = time.perf_counter()
     offload, once = load(model, source, FORMS[form], device)
@@ -116,7 +96,9 @@ def reset(device: DeviceInfo) -> int:
     return peak_memory(device)
 
 
-def load(model: Any, source: RandomSource, form: OffloadConfig | None, device: DeviceInfo) -> tuple[Any, OnceParts]:
+def load(
+    model: Any, source: work.RandomSource, form: OffloadConfig | None, device: DeviceInfo
+) -> tuple[Any, OnceParts]:
     """Fill a meta model, offloaded or not."""
 
     def dtype_of(name: str) -> torch.dtype:

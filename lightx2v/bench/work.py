@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, cast
 
 import torch
@@ -15,6 +15,7 @@ from lightx2v.attention.base import AttentionFn
 from lightx2v.components import empty_dit, fill_dit
 from lightx2v.errors import ConfigError, suggestion
 from lightx2v.features.compile import compile_blocks
+from lightx2v.io.source import FileSpan
 from lightx2v.io.weights import stream_into
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.select import LayerPlan, plan_layer
@@ -135,6 +136,24 @@ def dit_shapes(arch: WanArch) -> tuple[dict[str, torch.Size], dict[str, tuple[in
     with torch.device("meta"):
         module = family().build_dit(arch)
     return parameter_shapes(module), linear_shapes(module, family())
+
+
+class RandomSource:
+    """Random weights, drawn when they are asked for: an `io.source.Source` in the place of a checkpoint."""
+
+    def __init__(self, shapes: dict[str, torch.Size], device: torch.device) -> None:
+        self.shapes, self.device = shapes, device
+
+    @property
+    def names(self) -> Collection[str]:
+        return self.shapes
+
+    def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
+        for name in self.shapes if names is None else names:
+            yield name, random_tensor(name, self.shapes[name], self.device, 0)
+
+    def locate(self, name: str) -> FileSpan | None:
+        return None
 
 
 def random_dit(
