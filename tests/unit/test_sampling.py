@@ -21,6 +21,8 @@ DEFAULTS = {
     "shift": 3.0,
     "guidance": 2.0,
     "solver": "unipc",
+    "strength": None,
+    "step_list": None,
     "height": 64,
     "width": 64,
     "frames": 5,
