@@ -81,6 +81,9 @@ class CacheConfig(Section):
         description="DeepCache: the skip connection, from the outside, below which a UNet is not computed.",
     )
     order: Annotated[int, Field(ge=0, le=4)] | None = Field(default=None, description="Order of the Taylor series.")
+    lite: bool | None = Field(
+        default=None, description="TaylorSeer: extrapolate the model's output, and keep nothing of its blocks."
+    )
     warmup: Count | None = Field(default=None, description="Steps at the start that are always computed.")
     first_blocks: PositiveInt | None = Field(default=None, description="Blocks that are always computed, at the front.")
     last_blocks: Count | None = Field(default=None, description="Blocks that are always computed, at the end.")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightx2v.features.base import Stack
-from lightx2v.models.base import Branch, DiT, StepContext, Stream
+from lightx2v.models.base import DiT, StepContext, Stream
 
 
 class Graph(Protocol):

@@ -54,11 +54,12 @@ def choose_cache(config: Config, request: Request, denoisers: Mapping[str, nn.Mo
     if section.type == DEEPCACHE:
         return _deepcache(section, denoisers)
     gated = "cfg_gate" in _given(section)
-    if gated or section.type in _NEED_OUR_MODELS:
+    if gated or section.lite or section.type in _NEED_OUR_MODELS:
+        refused = "cfg_gate" if gated else "lite" if section.lite else ""
         raise ConfigError(
-            "cache.cfg_gate" if gated else "cache.type",
-            f"is {'set' if gated else section.type}, and needs a model of this engine",
-            allowed="" if gated else "deepcache, fbcache, dbcache, taylorseer, magcache, adacache, fora, pab",
+            f"cache.{refused or 'type'}",
+            f"is {'set' if refused else section.type}, and needs a model of this engine",
+            allowed="" if refused else "deepcache, fbcache, dbcache, taylorseer, magcache, adacache, fora, pab",
         )
 
     def facts(model: nn.Module) -> Facts:

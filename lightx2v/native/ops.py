@@ -135,7 +135,8 @@ def rms_rope(
 ) -> Tensor:
     """RMS norm of x [B, L, D] with a float32 weight, then the rotary embedding of `heads` heads; dense.
 
-    With a weight [D] the norm is over D, with one of [D / heads] that of each head. Without `weight` no norm, without `cosines` and `sines` (float32 [L, D / heads / 2]) no rotation.
+    With a weight [D] the norm is over D, with one of [D / heads] that of each head. Without `weight` no norm, without
+    `cosines` and `sines` (float32 [L, D / heads / 2]) no rotation.
     """
     batch, tokens, width = x.shape
     if x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1)):

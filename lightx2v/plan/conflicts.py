@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lightx2v.config.schema import CacheConfig, Config
+from lightx2v.config.features import CacheConfig
+from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
 from lightx2v.features.offload.choose import check_settings
 

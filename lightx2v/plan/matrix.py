@@ -1,6 +1,6 @@
 """Every feature that a run can have, as data: which of them go together, and what each costs in accuracy.
 
-`python -m lightx2v.plan.matrix > docs/features.md` writes the page; tests/e2e/test_matrix.py runs every pair.
+`plan.matrix_page` writes docs/features.md; tests/e2e/test_matrix.py runs every pair.
 """
 
 from __future__ import annotations
@@ -101,9 +101,7 @@ def _offload(name: str, **options: Any) -> Value:
 
 
 def _lora(name: str, dynamic: bool) -> Value:
-    return _approximate(
-        name, 2e-5, 2e-5, lora=({"path": "lora.safetensors", "strength": 0.8},), lora_dynamic=dynamic
-    )
+    return _approximate(name, 1e-5, 1e-5, lora=({"path": "lora.safetensors", "strength": 0.8},), lora_dynamic=dynamic)
 
 
 _EIGHT_BITS = "sage_ref_int8_fp8"
@@ -112,38 +110,38 @@ _RULES = (
     {"type": "torch_sdpa", "layers": "-1", "part": "self"},
 )
 _POLYNOMIAL = (1.0, 0.0)
+_STEP_LIST = (1000, 900, 800, 650, 450, 250)
 
 AXES: tuple[Axis, ...] = (
     Axis(
         "mm_type",
         (
             _approximate("Default-Force-FP32", 1e-5, 1e-5, mm_config__mm_type="Default-Force-FP32"),
-            _quantized("int8", 0.05, 0.006),
-            _quantized("fp8", 0.1, 0.02),
-            _quantized("fp8-b128", 0.1, 0.02),
-            _quantized("mxfp8", 0.1, 0.02),
-            _quantized("nvfp4", 0.5, 0.08),
-            _quantized("int4-g128", 0.3, 0.08),
-            _quantized("gguf-Q8_0", 0.02, 0.004),
+            _quantized("int8", 0.055, 0.006),
+            _quantized("fp8", 0.08, 0.02),
+            _quantized("fp8-b128", 0.06, 0.022),
+            _quantized("mxfp8", 0.08, 0.022),
+            _quantized("int4-g128", 0.2, 0.07),
+            _quantized("gguf-Q8_0", 0.007, 0.0035),
         ),
     ),
     Axis(
         "cache",
         (
-            _cache("teacache", 0.5, 0.5, threshold=0.3, coefficients=_POLYNOMIAL),
-            _cache("custom", 0.5, 0.5, threshold=0.3, coefficients=_POLYNOMIAL),
-            _cache("magcache", 0.5, 0.5, threshold=0.5, ratios=(1.0, *[0.98] * 7)),
-            _cache("taylorseer", 0.5, 0.5, interval=2, order=1),
-            _cache("fbcache", 0.5, 0.5, threshold=0.3),
-            _cache("dbcache", 0.5, 0.5, threshold=0.3, first_blocks=1, last_blocks=1, warmup=2, taylor=True),
-            _cache("adacache", 0.5, 0.5),
-            _cache("easycache", 0.5, 0.5, threshold=0.3, warmup=2),
-            _cache("fora", 0.5, 0.5, interval=2),
-            _cache("pab", 0.5, 0.5, interval=2),
+            _cache("teacache", 0.1, 0.055, threshold=0.3, coefficients=_POLYNOMIAL),
+            _cache("custom", 0.1, 0.055, threshold=0.3, coefficients=_POLYNOMIAL),
+            _cache("magcache", 0.38, 0.045, threshold=0.1, ratios=(1.0, *[0.95] * 7)),
+            _cache("taylorseer", 0.36, 0.045, interval=2, order=1),
+            _cache("fbcache", 0.12, 0.042, threshold=0.3),
+            _cache("dbcache", 0.085, 0.037, threshold=0.3, first_blocks=1, last_blocks=1, warmup=2, taylor=True),
+            _cache("adacache", 0.3, 0.06),
+            _cache("easycache", 0.24, 0.066, threshold=0.2, warmup=2),
+            _cache("fora", 0.33, 0.025, interval=2),
+            _cache("pab", 0.23, 0.02, interval=2),
         ),
     ),
-    Axis("cache.store", (_approximate("kept in fp8", 0.05, 0.05, cache__store="fp8"),), only_with="cache"),
-    Axis("cache.cfg_gate", (_approximate("cfg_gate", 0.5, 0.5, cache__cfg_gate=0.5),)),
+    Axis("cache.store", (_approximate("kept in fp8", 0.03, 0.008, cache__store="fp8"),), only_with="cache"),
+    Axis("cache.cfg_gate", (_approximate("cfg_gate", 0.24, 0.02, cache__cfg_gate=0.75),)),
     Axis(
         "offload",
         (
@@ -159,11 +157,11 @@ AXES: tuple[Axis, ...] = (
     Axis(
         "attention",
         (
-            _approximate("8 bits", 0.05, 0.05, attention__type=_EIGHT_BITS),
-            _approximate("rules", 0.05, 0.05, attention__rules=_RULES),
+            _approximate("8 bits", 0.026, 0.0028, attention__type=_EIGHT_BITS),
+            _approximate("rules", 0.02, 0.002, attention__rules=_RULES),
         ),
     ),
-    Axis("compile", (_approximate("compile", 1e-4, 1e-4, compile=True),)),
+    Axis("compile", (_approximate("compile", 1e-5, 1e-5, compile=True),)),
     Axis("graphs", (_exact("graphs", graphs=True),)),
     Axis(
         "solver",
@@ -173,7 +171,10 @@ AXES: tuple[Axis, ...] = (
             _other("dpm++", sampling__solver="dpm++"),
         ),
     ),
-    Axis("steps", (_other("step list", sampling__denoising_step_list=(1000, 750, 500, 250), sampling__steps=None),)),
+    Axis(
+        "steps",
+        (_other("step list", sampling__denoising_step_list=(1000, 900, 800, 650, 450, 250), sampling__steps=None),),
+    ),
     Axis("resolution", (_other("changing", sampling__changing_resolution=True),)),
     Axis("cfg_schedule", (_other("cfg_schedule", sampling__cfg_schedule="1:7"),)),
     Axis("unload_modules", (_exact("unload_modules", unload_modules=True),)),
@@ -183,11 +184,21 @@ AXES: tuple[Axis, ...] = (
 Pair = tuple[Value, Value]
 
 
+def axis_of(value: Value) -> Axis:
+    """The axis that `value` is on."""
+    return next(axis for axis in AXES if value in axis.values)
+
+
+def goes_with(first: Axis, second: Axis) -> bool:
+    """Whether forms of both mean something together."""
+    return first.only_with in (None, second.name) and second.only_with in (None, first.name)
+
+
 def pairs() -> Iterator[Pair]:
     """Every two values of different axes, that mean something together."""
     for number, first in enumerate(AXES):
         for second in AXES[number + 1 :]:
-            if first.only_with in (None, second.name) and second.only_with in (None, first.name):
+            if goes_with(first, second):
                 yield from ((one, other) for one in first.values for other in second.values)
 
 

@@ -428,3 +428,17 @@ def test_taylor_orders_come_nearer_on_the_trained_model() -> None:
     plain = ran("wan", None).latents
     errors = [float((ran("wan", TaylorSeer(Holding(), 2, order)).latents - plain).norm()) for order in (0, 1)]
     assert errors[1] < errors[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_lite_taylorseer_leaves_out_whole_forwards_and_keeps_latents_alone(kind: str) -> None:
+    lite = made(kind, "taylorseer", {"interval": 2, "lite": True})
+    plain, found = ran(kind, None), ran(kind, lite)
+    error = float((found.latents - plain.latents).norm() / plain.latents.norm())
+    assert found.run is not None and 0 < error < 0.3
+    assert lite.schedule(found.run) == {key: key in found.blocks for key in found.run.runs()}
+    assert lite.report.computed_forwards == STEPS and lite.report.forwards == 2 * STEPS
+    latents = found.latents.numel() * 4
+    assert lite.report.kept_bytes == 2 * 2 * latents  # two orders, two branches
+    nothing = ran(kind, made(kind, "taylorseer", {"interval": 1, "lite": True}))
+    assert torch.equal(nothing.latents, plain.latents)

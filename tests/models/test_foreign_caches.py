@@ -265,6 +265,7 @@ def test_blocks_that_do_not_run_in_turn_are_refused() -> None:
         ("sd3", {"cache.type": "magcache"}, "cache.ratios"),
         ("sd3", {"cache.type": "dbcache", "cache.first_blocks": 3}, "all of 3"),
         ("sd3", {"cache.type": "fora", "cache.interval": 2, "cache.cfg_gate": 0.5}, "cfg_gate"),
+        ("sd3", {"cache.type": "taylorseer", "cache.lite": True}, "cache.lite"),
     ],
 )
 def test_caches_that_are_refused(name: str, overrides: dict[str, Any], message: str, folders: dict[str, Path]) -> None:

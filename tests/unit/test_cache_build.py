@@ -88,7 +88,7 @@ def test_a_model_without_numbers_is_told_how_to_get_them() -> None:
 
 def test_an_option_that_the_method_does_not_read_names_those_it_reads() -> None:
     message = refused(type="taylorseer", threshold=0.1)
-    assert "cache.threshold" in message and "allowed: interval, order, warmup" in message
+    assert "cache.threshold" in message and "allowed: interval, order, warmup, lite" in message
     assert "allowed: threshold, warmup" in refused(type="easycache", interval=2)
 
 
@@ -102,6 +102,7 @@ def test_an_option_that_the_method_does_not_read_names_those_it_reads() -> None:
         ({"type": "magcache", "ratios": ((1.0,), (1.0,), (1.0,))}, "has 3 entries"),
         ({"type": "teacache", "coefficients": (1.0, (2.0,))}, "has 2 entries"),
         ({"type": "easycache", "store": "fp8"}, "cache.store"),
+        ({"type": "taylorseer", "lite": True, "store": "fp8"}, "cache.store"),
         ({"type": "teacache", "coefficients": (1.0,), "file": "x.json"}, "beside cache.coefficients"),
         ({"type": "magcache", "file": "missing.json"}, "cannot be read"),
         ({"type": "pab", "window": (800, 100)}, "800 to 100"),

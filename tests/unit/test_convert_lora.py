@@ -165,7 +165,10 @@ def test_key_convert(source: Path, tmp_path: Path, name: str, mode: str, code: i
         ({"blocks.1.cros_attn.q.lora_A.weight": (4, 24)}, "did you mean 'blocks.1.cross_attn.q.weight'?"),
         ({"lora_te_text_model.lora_down.weight": (4, 24)}, "1 of its 1 keys match nothing in the model"),
         ({f"{LAYER}.lora_down.weight": (4, 24), f"{LAYER}.dora_scale": (24,)}, f"{LAYER}.dora_scale"),
-        ({"blocks.7.ffn.0.lora_A.weight": (4, 24), "blocks.7.ffn.0.lora_B.weight": (40, 4)}, "2 of its 2 keys match nothing"),
+        (
+            {"blocks.7.ffn.0.lora_A.weight": (4, 24), "blocks.7.ffn.0.lora_B.weight": (40, 4)},
+            "2 of its 2 keys match nothing",
+        ),
         ({f"{LAYER}.lora_A.weight": (4, 24)}, "lacks its 'up' half"),
         ({f"{LAYER}.alpha": ()}, "lacks its 'up' half"),
         ({f"{LAYER}.lora_A.weight": (4, 25), f"{LAYER}.lora_B.weight": (24, 4)}, "what adds to a tensor of (24, 24)"),

@@ -20,8 +20,8 @@ from lightx2v.models.spec import FAMILIES
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import WanDiT
 from lightx2v.models.wan.keymap import to_original
-from lightx2v.plan.layers import ComponentPlan, plan_component
 from lightx2v.plan.dit import linear_shapes
+from lightx2v.plan.layers import ComponentPlan, plan_component
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.formats import quantize_leaves, written_leaves
 from lightx2v.quant.packing import swap_halves

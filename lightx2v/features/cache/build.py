@@ -29,7 +29,7 @@ READS: dict[str, tuple[str, ...]] = {
     "teacache": _TEACACHE,
     "custom": _TEACACHE,
     "magcache": ("threshold", "max_skip", "retention", "ratios", "file"),
-    "taylorseer": ("interval", "order", "warmup"),
+    "taylorseer": ("interval", "order", "warmup", "lite"),
     "fbcache": ("threshold", "taylor"),
     "dbcache": ("threshold", "first_blocks", "last_blocks", "warmup", "max_cached", "max_continuous", "taylor"),
     "adacache": ("codebook", "motion"),
@@ -77,8 +77,8 @@ def _check(section: CacheConfig, given: Options) -> None:
     largest = LARGEST_THRESHOLD.get(method, 1.0)
     if given.get("threshold", 0) > largest:
         raise ConfigError("cache.threshold", f"is {given['threshold']} for {method}", allowed=f"0 to {largest:g}")
-    if section.store == "fp8" and method == "easycache":
-        raise ConfigError("cache.store", "is fp8: easycache keeps latents, which are small", do="remove cache.store")
+    if section.store == "fp8" and (method == "easycache" or section.lite):
+        raise ConfigError("cache.store", f"is fp8: {method} keeps latents, which are small", do="remove cache.store")
 
 
 def _calibration(given: Options, facts: Facts) -> Calibration | None:
@@ -156,7 +156,8 @@ def _mag(holding: Holding, given: Options, facts: Facts) -> Cache:
 
 
 def _taylor(holding: Holding, given: Options, facts: Facts) -> Cache:
-    return taylorseer.TaylorSeer(holding, **given)
+    make = taylorseer.TaylorSeerLite if given.get("lite") else taylorseer.TaylorSeer
+    return make(holding, **_some(given, "interval", "order", "warmup"))
 
 
 def _first_block(holding: Holding, given: Options, facts: Facts) -> Cache:

@@ -70,5 +70,5 @@ def published() -> tuple[Published, ...]:
 
 def _entry(ratios: Any = (), **values: Any) -> Published:
     by_branch = ratios if isinstance(ratios, dict) else dict.fromkeys(("cond", "uncond"), ratios) if ratios else {}
-    lists = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    lists: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Published(**lists, ratios={branch: tuple(numbers) for branch, numbers in by_branch.items()})
