@@ -256,8 +256,9 @@ def methods(file: Path, fits: Mapping[str, Fit]) -> list[Method]:
         ("`easycache`, `warmup` 5", {"type": "easycache", "warmup": 5}),
         ("`fora`", {"type": "fora"}),
         pyramid(2),
-        ("`cfg_gate` 0.5", {"cfg_gate": 0.5}),
-        ("`cfg_gate` 0.5, `taylorseer`, `interval` 2", {"cfg_gate": 0.5, "type": "taylorseer", "interval": 2}),
+        gate(0.5),
+        gate(0.5, 3),
+        gate(0.5, 3, taylor(2)),
     ]
 
 
@@ -283,6 +284,12 @@ def dual_block(first: int, last: int, threshold: float, seer: bool = False) -> M
 
 def pyramid(interval: int) -> Method:
     return f"`pab`, `interval` {interval}", {"type": "pab", "interval": interval}
+
+
+def gate(share: float, again: int | None = None, beside: Method = ("", {})) -> Method:
+    name, settings = beside
+    parts = (f"`cfg_gate` {share:g}", f"`cfg_interval` {again}" if again else "", name)
+    return ", ".join(filter(None, parts)), {"cfg_gate": share, "cfg_interval": again, **settings}
 
 
 def comparisons(known: Calibration, file: Path, absent: Mapping[str, str]) -> list[Comparison]:
@@ -311,7 +318,7 @@ def comparisons(known: Calibration, file: Path, absent: Mapping[str, str]) -> li
         Comparison(
             "Guidance",
             (peers.faster(5),),
-            tuple((f"`cfg_gate` {gate:g}", {"cfg_gate": gate}) for gate in (0.5, 0.65, 0.8)),
+            (gate(0.65), gate(0.35, 3), gate(0.5, 3)),
             "operations",
         ),
     ]
@@ -378,12 +385,19 @@ def report(bench: Bench, own: Sequence[Method], compared: Sequence[Comparison]) 
     return "\n\n".join(text)
 
 
+def wanted(title: str, words: Sequence[str] | None) -> bool:
+    return words is None or any(word.lower() in title.lower() for word in words)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="of the drawing of the prompts")
     parser.add_argument("--calibrate", type=int, default=16, metavar="N", help="prompts that coefficients come from")
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="run the peers as well")
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="rows and comparisons with such a word in their title"
+    )
     parser.add_argument("--threads", type=int, default=1, help="of torch")
     parser.add_argument("--json", metavar="FILE", help="write the figures of every prompt there")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="any setting; repeatable")
@@ -395,8 +409,9 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         file = Path(folder, "calibration.json")
         known, fits = calibrated(bench, requests, args.calibrate, file)
-        own = methods(file, fits)
-        compared = [] if "diffusers" in absent else comparisons(known, file, absent)
+        own = [method for method in methods(file, fits) if wanted(method[0], args.only)]
+        every = [] if "diffusers" in absent else comparisons(known, file, absent)
+        compared = [comparison for comparison in every if wanted(comparison.title, args.only)]
         bench.add_ours(OURS, {})
         for name, cache in (*own, *(method for comparison in compared for method in comparison.ours)):
             bench.add_ours(name, cache)

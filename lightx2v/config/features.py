@@ -101,6 +101,9 @@ class CacheConfig(Section):
         default=None,
         description="Share of the steps, at the start, that run both branches of classifier-free guidance.",
     )
+    cfg_interval: PositiveInt | None = Field(
+        default=None, description="After those steps, both branches run every so many steps; null: never again."
+    )
     store: Literal["compute", "fp8"] = Field(default="compute", description="What is kept is held in this dtype.")
     file: Path | None = Field(default=None, description="What `lightx2v calibrate --cache` wrote for this model.")
 

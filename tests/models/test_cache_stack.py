@@ -442,3 +442,11 @@ def test_lite_taylorseer_leaves_out_whole_forwards_and_keeps_latents_alone(kind:
     assert lite.report.kept_bytes == 2 * 2 * latents  # two orders, two branches
     nothing = ran(kind, made(kind, "taylorseer", {"interval": 1, "lite": True}))
     assert torch.equal(nothing.latents, plain.latents)
+
+
+def test_a_gate_that_opens_again_comes_nearer_on_the_trained_model() -> None:
+    plain = ran("wan", None).latents
+    gates = CfgGate(0.75), CfgGate(0.5, interval=2)
+    errors = [float((ran("wan", gate).latents - plain).norm()) for gate in gates]
+    assert gates[0].report.computed == gates[1].report.computed == {"cond": STEPS, "uncond": 9}
+    assert errors[1] < errors[0]

@@ -110,6 +110,7 @@ def test_an_option_that_the_method_does_not_read_names_those_it_reads() -> None:
         ({"type": "adacache", "codebook": ((0.2, 3), (0.1, 1))}, "rising"),
         ({"type": "adacache", "codebook": ((0.2, 0),)}, "1 or more"),
         ({"type": "deepcache"}, "not for a native transformer"),
+        ({"type": "fora", "cfg_interval": 3}, "without cache.cfg_gate"),
     ],
 )
 def test_bad_options(options: dict[str, Any], told: str) -> None:

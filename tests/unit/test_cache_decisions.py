@@ -209,6 +209,12 @@ def test_the_gate_leaves_out_late_unconditional_forwards() -> None:
     assert computed(inside) == [0, 3, 6, 9] and computed(inside, "uncond") == [0, 3]
 
 
+def test_the_gate_opens_again_every_few_steps() -> None:
+    schedule = CfgGate(0.4, interval=3).schedule(request(12))
+    assert schedule is not None
+    assert computed(schedule, "uncond") == [0, 1, 2, 3, 4, 7, 10] and computed(schedule) == list(range(12))
+
+
 def test_the_gate_computes_the_first_unconditional_forward_of_each_shape() -> None:
     run = request(10, restarts=(7,))
     assert computed(CfgGate(0.0).schedule(run), "uncond") == [0, 7]

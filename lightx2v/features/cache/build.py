@@ -50,7 +50,7 @@ def build(section: CacheConfig, facts: Facts) -> Cache | None:
     Raises ConfigError for options that the method does not read or cannot have, and where a model has no coefficients.
     """
     given = {name: value for name, value in section if name not in ("type", "store") and value is not None}
-    gate = given.pop("cfg_gate", None)
+    gate, gate_interval = given.pop("cfg_gate", None), given.pop("cfg_interval", None)
     cache = None
     if section.type != "none":
         _check(section, given)
@@ -59,10 +59,12 @@ def build(section: CacheConfig, facts: Facts) -> Cache | None:
     elif given:
         logger.warning("cache.type is none: cache.{} has no effect", ", cache.".join(given))
     if gate is None:
+        if gate_interval is not None:
+            raise ConfigError("cache.cfg_interval", "is set without cache.cfg_gate", do="set both, or remove it")
         return cache
     if not facts.cfg:
         raise ConfigError("cache.cfg_gate", "is set, but the request runs no classifier-free guidance", do="remove it")
-    return CfgGate(gate, cache)
+    return CfgGate(gate, cache, gate_interval)
 
 
 def _check(section: CacheConfig, given: Options) -> None:

@@ -1,7 +1,9 @@
 """CFG gating: late in a request, classifier-free guidance keeps the difference of its branches, and runs one of them.
 
 Adaptive Guidance (Castillo et al. 2023, arXiv 2312.12487), in FastVideo's simplest form: after a share of the steps the
-unconditional prediction is the conditional one less what their difference was at the last step that computed both.
+unconditional prediction is the conditional one less what their difference was at the last step that computed both. As
+in FasterCache (Lv et al. 2024, arXiv 2410.19355) both may be computed again every few steps; then the difference is
+extrapolated at first order between them, which without new values goes astray.
 """
 
 from __future__ import annotations
@@ -12,15 +14,18 @@ from torch import Tensor
 
 from lightx2v.features.base import Predict, RunInfo, Schedule, Stack
 from lightx2v.features.cache.report import Cache, CacheReport
-from lightx2v.features.cache.stack import first_forwards
+from lightx2v.features.cache.series import Series
+from lightx2v.features.cache.stack import PerBranch, first_forwards
+from lightx2v.features.cache.store import Holding, Store
 from lightx2v.models.base import Branch
 
 
 class CfgGate:
-    """`share` of the steps, at the start, compute both branches; `cache` works on the forwards that remain."""
+    """`share` of the steps, at the start, compute both branches, and after them every `interval`-th, if that is given;
+    `cache` works on the forwards that remain."""
 
-    def __init__(self, share: float, cache: Cache | None = None) -> None:
-        self.share, self.cache = share, cache
+    def __init__(self, share: float, cache: Cache | None = None, interval: int | None = None) -> None:
+        self.share, self.cache, self.interval = share, cache, interval
         self.method = "cfg_gate" if cache is None else f"{cache.method} + cfg_gate"
         self._report = CacheReport(self.method)
 
@@ -43,7 +48,10 @@ class CfgGate:
         return {
             (step, branch)
             for step, branch in run.runs()
-            if branch == "uncond" and step >= open_steps and (step, branch) not in first
+            if branch == "uncond"
+            and step >= open_steps
+            and (step, branch) not in first
+            and (self.interval is None or (step - open_steps + 1) % self.interval)
         }
 
     def schedule(self, run: RunInfo) -> Schedule | None:
@@ -58,18 +66,20 @@ class CfgGate:
         gated = self.gated(run)
         compute = predict if self.cache is None else self.cache.around(run, predict)
         held: dict[str, Tensor] = {}
+        store, order = Store(Holding(), CacheReport(self.method)), 0 if self.interval is None else 1
+        differences = PerBranch(run, lambda branch: Series(store, branch, order))
 
         def forward(latents: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
             if (step, branch) in gated:
                 self.report.count(branch, False)
-                return held["cond"] - held["difference"]
+                return held["cond"] - differences.of(branch, step).at(step)[0]
             if self.cache is None:
                 self.report.count(branch, True)
             out = compute(latents, timestep, step, branch)
             if branch == "cond":
                 held["cond"] = out
             else:
-                held["difference"] = held["cond"] - out
+                differences.of(branch, step).update(step, (held["cond"] - out, None))
             return out
 
         return forward
