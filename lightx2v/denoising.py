@@ -14,6 +14,7 @@ from lightx2v.attention.policy import PolicySwitch
 from lightx2v.components import LoadedDiT
 from lightx2v.errors import LightX2VError
 from lightx2v.features.base import RunInfo, Stack, StackFeature
+from lightx2v.mm.static import StepScales
 from lightx2v.models.base import Branch, Conditions, run_blocks
 from lightx2v.plan import Plan
 from lightx2v.plan.sampling import guidance_scales, plan_sampler
@@ -59,11 +60,13 @@ def denoise_request(
     if feature is not None:
         stack = feature.begin(run, stack)
     switch = PolicySwitch(dit.attention_parts(), plan.attention_for(request))
+    scales_of_inputs = StepScales(dit, sampler.steps)
 
     def predict(noisy: Tensor, timestep: Tensor, step: int, branch: Branch) -> Tensor:
         time, made = times.at(step), prepared[branch]
         stream, context = dit.embed(noisy.to(dtype), time, made, step=step, branch=branch)
         switch.at(step, context.grid)
+        scales_of_inputs.at(step)
         velocity: Tensor = dit.head(stack(dit, stream, context), context)
         return velocity
 

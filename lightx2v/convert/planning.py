@@ -22,6 +22,7 @@ from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.foreign.build import empty_model
 from lightx2v.foreign.index import read_model
 from lightx2v.foreign.layers import quantizable
+from lightx2v.io.declared import declare_layers
 from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.weights import Checkpoint
@@ -111,7 +112,7 @@ class Plan:
 
 def scheme_name(spec: QSpec) -> str:
     """The weight half of an mm_type."""
-    return f"W-{spec.dtype}-{spec.granularity}{spec.size or ''}-sym"
+    return f"W-{spec.dtype}-{spec.granularity}{spec.size or ''}" + ("-sym" if spec.symmetric else "")
 
 
 def make_plan(options: Options) -> Plan:
@@ -276,5 +277,4 @@ def _metadata(
 
 
 def _layers(group: Iterable[Item]) -> dict[str, str]:
-    layers = {item.layer: scheme_name(item.spec) for item in group if item.spec}
-    return {"quantization": json.dumps({"layers": layers}, sort_keys=True)} if layers else {}
+    return declare_layers({item.layer: scheme_name(item.spec) for item in group if item.spec})

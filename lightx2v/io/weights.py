@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightx2v.errors import CheckpointError, suggestion
 from lightx2v.io import gguf, pickles
+from lightx2v.io.declared import merge_metadata
 from lightx2v.io.files import whole_file
 from lightx2v.io.headers import TensorInfo, read_header
 from lightx2v.io.layout import PICKLES, checkpoint_files
@@ -28,7 +29,7 @@ class Checkpoint:
     tensors: Mapping[str, TensorInfo]
     """By name, in the order of the files and of the bytes in them."""
     metadata: Mapping[str, str]
-    """The safetensors metadata of all files; where files differ, the first one counts."""
+    """The safetensors metadata of all files; where files differ, the first one counts, but for lists of layers."""
 
     @staticmethod
     def open(path: str | Path) -> Checkpoint:
@@ -43,7 +44,7 @@ class Checkpoint:
         metadata: dict[str, str] = {}
         for file in files:
             infos, described = _describe(file)
-            metadata = {**described, **metadata}
+            metadata = merge_metadata(metadata, described)
             for info in infos:
                 if chosen.get(info.name, file) != file:
                     continue

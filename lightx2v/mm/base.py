@@ -167,9 +167,16 @@ def capability_words(device: DeviceInfo) -> str:
     return f"has {device.capability[0]}.{device.capability[1]}" if device.capability else "has none"
 
 
+def computes(caps: Caps, scheme: Scheme) -> bool:
+    """Whether `scheme` is among the schemes of `caps`, where groups of integers are of any size."""
+    weight, activation = scheme.numerics
+    alike = weight and weight.generic, activation and activation.generic
+    return scheme.numerics in caps.schemes or alike in caps.schemes
+
+
 def lacks(caps: Caps, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
     """The first thing of `caps` that a layer does not meet."""
-    if scheme.numerics not in caps.schemes:
+    if not computes(caps, scheme):
         return NOT_COMPUTED
     spec = scheme.weight
     lowest, highest = caps.capability.get(spec.dtype if spec else "", (caps.min_capability, None))

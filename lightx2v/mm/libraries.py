@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightx2v.mm.base import NOT_COMPUTED, Library
+from lightx2v.mm.base import NOT_COMPUTED, Library, computes
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo, install_hint, probe
 from lightx2v.registry import Registry
@@ -18,12 +18,13 @@ LIBRARIES.add("q8f", "lightx2v.mm.q8f:LIBRARY")
 LIBRARIES.add("torchao", "lightx2v.mm.torchao:LIBRARY")
 LIBRARIES.add("torch_native", "lightx2v.mm.torch_native:LIBRARY")
 LIBRARIES.add("torch_scaled", "lightx2v.mm.torch_scaled:LIBRARY")
+LIBRARIES.add("outliers", "lightx2v.mm.outliers:LIBRARY")
 LIBRARIES.add("dequantize", "lightx2v.mm.weight_only:LIBRARY")
 LIBRARIES.add("reference", "lightx2v.mm.reference:LIBRARY")
 
 #: The order in which "auto", and a permitted fallback, look for a library.
 PRIORITY = tuple(
-    "onednn vllm sgl deepgemm q8f torchao torch_native torch_scaled dequantize reference".split(),
+    "onednn vllm sgl deepgemm q8f torchao torch_native torch_scaled outliers dequantize reference".split(),
 )
 
 
@@ -58,7 +59,7 @@ def unavailable(library: str, scheme: Scheme, n: int, k: int, device: DeviceInfo
     """Why `library` cannot compute `scheme` for a weight [n, k] on `device`; None when it can."""
     if library in LIBRARIES:
         adapter = LIBRARIES[library]
-        if scheme.numerics not in adapter.caps.schemes:
+        if not computes(adapter.caps, scheme):
             return NOT_COMPUTED  # rather than how to install it
         return adapter.available(device) or adapter.can_serve(scheme, n, k, device)
     if library in _NOT_LIBRARIES:

@@ -9,12 +9,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightx2v.elementwise import gelu_tanh
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.mm.base import Packed
 from lightx2v.mm.custom import CustomLinear
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.select import LayerPlan
+from lightx2v.mm.static import StaticInput
+from lightx2v.quant.around import AROUND_LEAVES, Around, around_leaves, take_around
 from lightx2v.quant.formats import needs_amax, quantize_leaves, read_leaves, rows_together, written_leaves
 from lightx2v.quant.layouts import FLOATS, INPUT_LEAVES, Leaf, Stored, accepted, find_layout, layouts_of, misfit, short
 from lightx2v.quant.numerics import Quantized
@@ -58,6 +61,9 @@ class QuantLinear(nn.Module):
                 self.register_buffer(leaf, torch.empty(shape, dtype=stored.dtype, device="meta"))
         self.register_buffer("bias", torch.empty(out_features, device="meta") if bias else None)
         self.packed: Packed | None = None
+        self.static: StaticInput | None = None
+        """The scales of a calibrated input."""
+        self.rotation, self.surrounded = 0, False
         self._given: dict[str, Tensor] = {}
         self._made: dict[str, Tensor] = {}
 
@@ -109,22 +115,45 @@ class QuantLinear(nn.Module):
             if bias is None:
                 raise CheckpointError(self.name, "missing: bias", do="convert the checkpoint again")
             self.bias = bias.float()
-        self.packed = self.kernels.prepare(self.scheme, self._leaves(self._given))
+        leaves = self._leaves(self._given)
+        if self.scheme.served is not self.scheme:
+            assert self.scheme.activation is not None
+            self.static = StaticInput(self.scheme.activation, leaves, self.name)
+            self.static.weigh(leaves["weight"], leaves["weight_scale"])
+        self.packed = self.kernels.prepare(self.scheme.served, leaves)
         self._given, self._made = {}, {}
-        for leaf in set(self._buffers) - {"bias"}:
+        for leaf in self.accepted.keys() & self._buffers.keys() - {"bias"}:
             self._buffers[leaf] = None
 
     def _leaves(self, given: dict[str, Tensor]) -> dict[str, Tensor]:
         """What libraries compute with, from the tensors that came."""
         size = (self.spec, self.out_features, self.in_features)
         if self._made:
-            if extra := [leaf for leaf in given if leaf not in ("weight", *INPUT_LEAVES)]:
+            if extra := [leaf for leaf in given if leaf not in ("weight", *INPUT_LEAVES, *AROUND_LEAVES)]:
                 raise CheckpointError(self.name, f"has a '{extra[0]}' though its weight is not quantized")
             given = given | self._made
         stored = {leaf: Stored(tensor.dtype, tuple(tensor.shape)) for leaf, tensor in given.items()}
         if find_layout(*size, stored) is None:
             raise CheckpointError(self.name, misfit(*size, stored), do="convert the checkpoint again")
+        self._surround(take_around(given, self.in_features, self.name))
         return read_leaves(given, *size, self.name)
+
+    def _surround(self, around: Around) -> None:
+        """Hold what stands around the product, where it moves with the layer."""
+        for name in ("multiplier", "down", "up"):
+            tensor = getattr(around, name)
+            if tensor is not None:
+                kept = tensor if name == "multiplier" else tensor.to(self.dtype)
+                self.register_buffer(f"around_{name}", kept.contiguous(), persistent=False)
+        self.rotation = around.rotation
+        self.surrounded = around.before or around.down is not None
+
+    @property
+    def around(self) -> Around:
+        """What stands around the product."""
+        held = (self._buffers.get(f"around_{name}") for name in ("multiplier", "down", "up"))
+        multiplier, down, up = held
+        return Around(multiplier, self.rotation, down, up)
 
     def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
         """x [..., K] of a floating-point dtype -> [..., N] in that dtype, after a GELU (tanh) if asked for."""
@@ -133,8 +162,23 @@ class QuantLinear(nn.Module):
             return x.new_zeros((*x.shape[:-1], self.out_features))
         # Autocast would round the float32 parts of the arithmetic.
         with torch.autocast(x.device.type, enabled=False):
-            out = self.kernels.linear(self.scheme, rows, packed, self.bias, gelu)
+            if self.surrounded:
+                around = self.around
+                out = around.add(self._product(around.input(rows), packed, False), rows)
+                out = gelu_tanh(out) if gelu else out
+            else:
+                out = self._product(rows, packed, gelu)
         return out.view(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: Tensor, packed: Packed, gelu: bool) -> Tensor:
+        """[M, K] -> [M, N]."""
+        if self.static is None:
+            return self.kernels.linear(self.scheme, x, packed, self.bias, gelu)
+        if self.static.dynamic:
+            return self.kernels.linear(self.scheme.served, x, packed, self.bias, gelu)
+        codes = self.static.quantize(x)
+        out = self.kernels.gemm(self.scheme.served, codes, packed, self.static.bias(self.bias), x.dtype)
+        return gelu_tanh(out) if gelu else out
 
     def quantize(self, x: Tensor) -> Quantized:
         """The codes of x [..., K], for `multiply` of this layer and of all that it `quantizes_as`."""
@@ -154,20 +198,26 @@ class QuantLinear(nn.Module):
             for layer in (self, other)
         )
         dynamic = self.scheme.activation is not None and self.scheme.activation.dynamic
-        return ours == theirs and dynamic and not (self._input_leaves() or other._input_leaves())
+        whole = self.surrounded or other.surrounded or (dynamic and self.scheme.activation.outliers)  # type: ignore[union-attr]
+        return ours == theirs and dynamic and not (whole or self._input_leaves() or other._input_leaves())
 
     def stacks_with(self, other: QuantLinear) -> bool:
         """Whether the two weights, one under the other, are a weight of the same scheme."""
         activation, rows = self.scheme.activation, rows_together(self.spec)
         apart = needs_amax(self.spec) or gguf_kind(self.spec) or (activation is not None and not activation.dynamic)
         same = (self.scheme, self.library, self.in_features) == (other.scheme, other.library, other.in_features)
+        apart = apart or self.surrounded or other.surrounded
         return same and not apart and self.out_features % rows == other.out_features % rows == 0
 
     @property
     def takes_rows(self) -> bool:
         """Whether the result for a row is the same beside any others: not where one scale is found for all of them."""
         activation = self.scheme.activation
-        shared = activation is not None and (activation.granularity == "tensor" or activation.dtype == "nvfp4")
+        if activation is None or activation.is_calibrated:
+            return True
+        if activation.outliers:
+            return False
+        shared = activation.granularity == "tensor" or activation.dtype == "nvfp4"
         return not shared or bool(self._input_leaves())
 
     def _input_leaves(self) -> list[str]:
@@ -183,7 +233,8 @@ class QuantLinear(nn.Module):
     def weight_bytes(self) -> int:
         """Bytes of the weight and its scales as they are held now."""
         if self.packed is not None:
-            return self.packed.nbytes
+            around = sum(t.nbytes for t in (self.around.multiplier, self.around.down, self.around.up) if t is not None)
+            return self.packed.nbytes + around
         return sum(
             t.numel() * t.element_size() for leaf, t in self._buffers.items() if t is not None and leaf != "bias"
         )
@@ -191,8 +242,9 @@ class QuantLinear(nn.Module):
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.packed is not None:
-            leaves = self.kernels.unpack(self.scheme, self.packed)
-            for leaf, tensor in written_leaves(leaves, self.spec).items():
+            leaves = written_leaves(self.kernels.unpack(self.scheme.served, self.packed), self.spec)
+            static = {} if self.static is None else self.static.leaves()
+            for leaf, tensor in {**leaves, **static, **around_leaves(self.around)}.items():
                 destination[prefix + leaf] = tensor
 
     def extra_repr(self) -> str:

@@ -15,6 +15,8 @@ from lightx2v.quant.activations import quantize_input
 from lightx2v.quant.formats import dequantize_leaves, logical_shape, stored_kind
 from lightx2v.quant.numerics import Quantized, rounding_of
 from lightx2v.quant.spec import (
+    FP4,
+    FP4_DOUBLE,
     FP8_BLOCK128,
     FP8_CHANNEL,
     FP8_GROUP128,
@@ -23,7 +25,8 @@ from lightx2v.quant.spec import (
     FP8_TOKEN,
     GGUF,
     GGUF_KINDS,
-    INT4_G128,
+    INT4_G64,
+    INT4_G64_DYNAMIC,
     INT8_CHANNEL,
     INT8_TOKEN,
     MXFP4,
@@ -31,8 +34,12 @@ from lightx2v.quant.spec import (
     MXFP6,
     MXFP8,
     MXFP8_DYNAMIC,
+    NF4,
+    NF4_DOUBLE,
     NVFP4,
     NVFP4_DYNAMIC,
+    Granularity,
+    QSpec,
     gguf_kind,
 )
 
@@ -41,16 +48,32 @@ SCHEMES = frozenset({(INT8_CHANNEL, INT8_TOKEN), (FP8_CHANNEL, FP8_TOKEN), (FP8_
 WHOLE = frozenset({(FP8_TENSOR, FP8_TENSOR), (FP8_TENSOR, FP8_TENSOR_DYNAMIC)})
 """fp8 with one scale for all tokens, from the checkpoint or not."""
 BLOCKS = frozenset(
-    {(MXFP8, MXFP8_DYNAMIC), (MXFP6, MXFP8_DYNAMIC), (MXFP4, MXFP4_DYNAMIC), (NVFP4, NVFP4_DYNAMIC)},
+    {
+        *((MXFP8, MXFP8_DYNAMIC), (MXFP6, MXFP8_DYNAMIC), (MXFP4, MXFP4_DYNAMIC), (NVFP4, NVFP4_DYNAMIC)),
+        (INT4_G64.generic, INT4_G64_DYNAMIC.generic),
+    },
 )
-"""Schemes with a scale for each 16 or 32 values on both sides."""
+"""Schemes with a scale for each 16, 32 or 64 values on both sides."""
+_SIZES: tuple[tuple[Granularity, int], ...] = (("group", 128), ("channel", 0))
+INTEGERS = tuple(
+    QSpec(f"int{bits}", granularity, size, symmetric)
+    for bits in (8, 4, 3, 2)
+    for granularity, size in _SIZES
+    for symmetric in (True, False)
+)
+"""Groups of any size are as those of 128 (`QSpec.generic`)."""
 WEIGHT_ONLY = frozenset(
     (spec, None)
-    for spec in (INT8_CHANNEL, FP8_CHANNEL, FP8_BLOCK128, FP8_TENSOR, INT4_G128, MXFP8, MXFP6, MXFP4, NVFP4)
-) | frozenset((spec, None) for spec in GGUF.values())
+    for spec in (
+        *(INT8_CHANNEL, FP8_CHANNEL, FP8_BLOCK128, FP8_TENSOR, MXFP8, MXFP6, MXFP4, NVFP4),
+        *(NF4, NF4_DOUBLE, FP4, FP4_DOUBLE),
+        *INTEGERS,
+        *GGUF.values(),
+    )
+)
 """Quantized weights times activations as they are."""
 
-_BUFFERS = {"weight_scale": "scale", "weight_global_scale": "global_scale"}
+_BUFFERS = {"weight_scale": "scale", "weight_global_scale": "global_scale", "weight_zero": "zero"}
 _LEAVES = {buffer: leaf for leaf, buffer in _BUFFERS.items()}
 
 
@@ -64,9 +87,14 @@ def hold(scheme: Scheme, leaves: Leaves) -> Packed:
     return Packed("codes", n, k, **{_BUFFERS.get(leaf, leaf): leaves[leaf] for leaf in leaves})
 
 
+def held_tensors(packed: Packed) -> dict[str, Tensor]:
+    """The buffers of `hold` by the names of the tensors that it was given."""
+    return {_LEAVES.get(name, name): tensor for name, tensor in packed.named_buffers()}
+
+
 def held(scheme: Scheme, packed: Packed) -> dict[str, Tensor]:
     """The tensors that `hold` was given."""
-    tensors = {_LEAVES.get(name, name): tensor for name, tensor in packed.named_buffers()}
+    tensors = held_tensors(packed)
     if scheme.weight is not None and gguf_kind(scheme.weight):
         number = GGUF_KINDS[packed.method].number
         tensors["weight_type"] = torch.tensor(number, dtype=torch.int32, device=packed.weight.device)
@@ -117,7 +145,7 @@ class Reference(QuantizeAny):
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scheme.weight is not None
         if scheme.activation is not None:
-            if scheme.weight.dtype == "int8":
+            if scheme.weight == INT8_CHANNEL:
                 return rescale(int_product(x.codes, packed.weight), packed, x, bias, out_dtype)
             if scheme.weight.granularity in ("channel", "tensor"):
                 return rescale(x.codes.float() @ packed.weight.float().t(), packed, x, bias, out_dtype)

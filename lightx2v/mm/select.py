@@ -47,7 +47,7 @@ def plan_layer(
 
 def choose(scheme: Scheme, n: int, k: int, device: DeviceInfo, fallback: bool, layer: str) -> tuple[str, str]:
     """The library for `scheme` and a weight [n, k], and why it. Raises ConfigError that lists every reason against."""
-    wanted = scheme.library
+    wanted, scheme = scheme.library, scheme.served
     problem = "" if wanted == "auto" else unavailable(wanted, scheme, n, k, device)
     if problem is None:
         return wanted, f"named: {LIBRARIES[wanted].describe(scheme, device)}"

@@ -19,14 +19,15 @@ from lightx2v.mm.reference import (
     QuantizeAny,
     held,
     held_code_bytes,
+    held_tensors,
     hold,
 )
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.torch_fp8 import _has_bfloat16, _to_bfloat16
 from lightx2v.platform import DeviceInfo
-from lightx2v.quant import blocks, gguf
+from lightx2v.quant import blocks, codebook, gguf, integers
 from lightx2v.quant.numerics import Quantized, dequantize_weight
-from lightx2v.quant.spec import QSpec, gguf_kind
+from lightx2v.quant.spec import CODEBOOKS, QSpec, gguf_kind
 
 SLAB_ELEMENTS = {"cpu": 1 << 19, "accelerator": 1 << 24}
 """Weights that are dequantized at a time; few on a CPU, so that what it takes meanwhile stays in its caches."""
@@ -89,7 +90,7 @@ class Dequantize(QuantizeAny):
             weight = dequantize_rows(spec, packed, start, stop, dtype)
             products.append(values[:, : packed.k] @ weight[:, : values.shape[1]].t())
         product = products[0] if len(products) == 1 else torch.cat(products, dim=1)
-        if whole or (scheme.activation is None and spec.granularity in ("channel", "tensor")):
+        if whole or (scheme.activation is None and spec.granularity in ("channel", "tensor") and not spec.is_integer):
             return _finish(product, packed.scale.view(1, -1), x.scale.view(-1, 1) if whole else None, bias, out_dtype)
         if spec.dtype == "nvfp4":
             rows = x.scale[:, -1:] if scheme.activation is not None else None
@@ -149,12 +150,20 @@ def _slab(spec: QSpec, packed: Packed, start: int, stop: int, dtype: torch.dtype
         return gguf.dequantize_blocks(codes, packed.method, dtype)
     if spec.granularity == "block":
         return dequantize_weight(codes, packed.scale[start // spec.size : -(-stop // spec.size)], spec, dtype)
+    if spec.is_integer:
+        zero = packed._buffers.get("zero")
+        leaves = {"weight": codes, "weight_scale": packed.scale[start:stop]}
+        return integers.integer_values(
+            leaves if zero is None else {**leaves, "weight_zero": zero[start:stop]}, spec, dtype
+        )
+    if spec.dtype in CODEBOOKS:
+        return codebook.codebook_values(held_tensors(packed), spec, dtype, (start, stop))
     if spec.dtype == "fp8":
         return _codes(codes, dtype)
     if spec.dtype == "int8":
         return codes.to(dtype)
-    # int4's scales need float32; those of MX and nvfp4 are exact in bfloat16, but float16 is too narrow for them.
-    exact = dtype if spec.dtype != "int4" and dtype == torch.bfloat16 else torch.float32
+    # The scales of MX and nvfp4 are exact in bfloat16, but float16 is too narrow for them.
+    exact = dtype if dtype == torch.bfloat16 else torch.float32
     values = _codes(codes, exact) if spec.dtype == "mxfp8" else blocks.unpack_elements(codes, spec, exact)
     return blocks.scale_blocks(values, packed.scale[start:stop], spec.size).to(dtype)
 

@@ -25,12 +25,21 @@ from lightx2v.platform import DeviceInfo, compiler_for, graph_recorder, select_d
 from lightx2v.request import Request
 
 
-def check_compilers(config: Config, device: DeviceInfo) -> None:
-    """Raise ConfigError where `compile` or `graphs` cannot be had on `device`."""
+def check_compilers(config: Config, device: DeviceInfo, dit: ComponentPlan) -> None:
+    """Raise ConfigError where `compile` or `graphs` cannot be had on `device`, or not for the layers of `dit`."""
     if config.compile and (missing := compiler_for(device)):
         raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
     if config.graphs and graph_recorder(device) is None:
         raise ConfigError("graphs", f"is true, and {device.name} records no graphs", do="set graphs to false")
+    for layer in dit.layers if config.graphs else ():
+        activation = layer.scheme.activation
+        if activation is not None and (activation.granularity == "step" or activation.outliers):
+            raise ConfigError(
+                "graphs",
+                f"is true, and layer '{layer.name}' has mm_type '{layer.mm_type}', which computes other things"
+                " at other steps, where a recorded graph always does the same",
+                do="leave one of them out",
+            )
 
 
 def plan_cache(module: Any, config: Config, family: FamilySpec, files: Any, request: Request) -> Cache | None:

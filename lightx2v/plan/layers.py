@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from lightx2v.config.schema import MMRule
 from lightx2v.errors import CheckpointError
 from lightx2v.io.comfy import comfy_marks
+from lightx2v.io.declared import declared_layers
 from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.gguf import ENDING
 from lightx2v.io.weights import Checkpoint, TensorInfo
-from lightx2v.mm.scheme import parse
+from lightx2v.mm.scheme import known_scheme, parse
 from lightx2v.mm.select import LayerPlan, code_bytes, match_rules, plan_layer
+from lightx2v.mm.static import calibrated_leaves
 from lightx2v.platform import DeviceInfo
+from lightx2v.quant.around import AROUND_LEAVES, around_bytes
 from lightx2v.quant.formats import scale_bytes, unmakeable
 from lightx2v.quant.layouts import Stored, find_layout, misfit
 from lightx2v.quant.spec import GGUF, QSpec, gguf_kind
 
 FLOAT_DTYPES = set(FLOAT_NAMES)
 #: What `auto` looks for, in this order.
-_TYPES = "int8 fp8 fp8-b128 fp8-pertensor mxfp8 mxfp6-mxfp8 mxfp4 nvfp4 int4-g128".split()
+_TYPES = "int8 fp8 fp8-b128 fp8-pertensor mxfp8 mxfp6-mxfp8 mxfp4 nvfp4 int4-g128 nf4-double".split()
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,16 +83,40 @@ class ComponentPlan:
         return frozenset(f"{layer.name}.weight" for layer in self.layers if _is_gguf(layer))
 
 
-def stored_type(leaves: Mapping[str, TensorInfo], n: int, k: int) -> str:
-    """The mm_type that fits how a checkpoint holds a linear [n, k]: what `mm_type: auto` resolves to."""
+def stored_type(leaves: Mapping[str, TensorInfo], n: int, k: int, declared: str | None = None) -> str:
+    """The mm_type that fits how a checkpoint holds a linear [n, k]: what `mm_type: auto` resolves to.
+
+    `declared` is what the file says of the layer, if anything; it counts where tensors of that kind are there.
+    """
     weight = leaves.get("weight")
     if weight is None or weight.dtype in FLOAT_DTYPES:
         return "Default"
     if weight.dtype in GGUF:
         return f"gguf-{weight.dtype}"
     stored = _stored(leaves)
-    names = (name for name in _TYPES if (spec := parse(name).weight) and find_layout(spec, n, k, stored))
-    return next(names, "Default")
+    names = (
+        name for name in _candidates(declared, k) if (spec := parse(name).weight) and find_layout(spec, n, k, stored)
+    )
+    name = next(names, "Default")
+    if name == "int8" and "input_scale" in leaves:
+        affine = "int8-static-asym" if "input_zero" in leaves else "int8-static"
+        return "int8-timestep" if "input_steps" in leaves else affine
+    return name
+
+
+def _candidates(declared: str | None, k: int) -> Iterator[str]:
+    """mm_types in the order in which they are tried."""
+    said = known_scheme(f"{declared}-Auto") if declared else None
+    if said is not None and said.activation is not None:
+        yield said.name
+    yield from (name for name in _TYPES if said is None or parse(name).weight == said.weight)
+    if said is not None:
+        yield said.name
+    yield from _TYPES
+    for bits, size, kind in product((4, 3, 2, 8), (128, 64, 32, 256, 96, 16), ("", "-asym")):
+        if known_scheme(name := f"int{bits}-g{size}{kind}") and not k % size:
+            yield name
+    yield from (f"int{bits}-channel{kind}" for bits in (4, 3, 2, 8) for kind in ("", "-asym"))
 
 
 def _stored(leaves: Mapping[str, TensorInfo]) -> dict[str, Stored]:
@@ -132,6 +160,20 @@ def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], auto_quant:
             where,
             f"not as mm_type '{layer.mm_type}' reads it: {_why(layer, spec, leaves)}",
             do="use the mm_type that the file was made for, or 'auto'",
+        )
+    _check_calibrated(layer, leaves, where)
+
+
+def _check_calibrated(layer: LayerPlan, leaves: Mapping[str, TensorInfo], where: str) -> None:
+    """Scales of inputs that only a calibration can give must be there, whether the weight is quantized or not."""
+    activation = layer.scheme.activation
+    if activation is None or not activation.is_calibrated:
+        return
+    if missing := [leaf for leaf in calibrated_leaves(activation) if leaf not in leaves]:
+        raise CheckpointError(
+            where,
+            f"'{layer.name}.{missing[0]}' is missing, mm_type '{layer.mm_type}' reads the scales of inputs from it",
+            do="calibrate the model (lightx2v calibrate), or use mm_type 'int8', which finds them as it runs",
         )
 
 
@@ -214,9 +256,12 @@ def plan_component(
         if layer_name in of_layers:
             of_layers[layer_name][leaf] = info
     types, unused = match_rules(shapes, mm_type, rules)
+    declared = declared_layers(checkpoint.metadata)
     for layer, (n, k) in shapes.items():
         if types[layer] == "auto":
-            types[layer] = stored_type(of_layers[layer], n, k)
+            weight = of_layers[layer].get("weight")
+            said = declared.get(weight.name.removesuffix(".weight")) if weight is not None else None
+            types[layer] = stored_type(of_layers[layer], n, k, said)
     layers = tuple(
         plan_layer(layer, types[layer], parse(types[layer]), n, k, device=device, fallback=fallback)
         for layer, (n, k) in shapes.items()
@@ -244,4 +289,5 @@ def _layer_bytes(layer: LayerPlan, leaves: Mapping[str, TensorInfo], device: Dev
     n, k = layer.out_features, layer.in_features
     if _is_gguf(layer) and weight is not None and weight.file.suffix == ENDING:
         return weight.nbytes
-    return int(n * (k + -k % max(1, spec.size)) * code_bytes(layer, device)) + scale_bytes(spec, n, k)
+    around = around_bytes({leaf: info.shape for leaf, info in leaves.items() if leaf in AROUND_LEAVES})
+    return int(n * spec.filled(k) * code_bytes(layer, device)) + scale_bytes(spec, n, k) + around

@@ -110,7 +110,7 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     for part in _parts(family, config):
         if part.shapes is not None:
             components[part.name] = plan_encoder(part, config, files, device)
-    check_compilers(config, device)
+    check_compilers(config, device, components["dit"])
     slots = tuple((part.layer, part.part) for part in module.attention_parts())
     attention = plan_attention(config, device, slots, request, family, files.arch)
     plan_sampler(config, family, files, request)

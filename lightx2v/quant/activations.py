@@ -10,6 +10,7 @@ from lightx2v.quant.numerics import FP8_MAX, NATIVE, Quantized, Rounding, quanti
 from lightx2v.quant.spec import QSpec
 
 _TINY = torch.finfo(torch.float32).tiny
+INT4_LEVELS = 7
 BLOCK_SCALED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
 
 
@@ -34,6 +35,20 @@ def quantize_whole(x: Tensor, static: Tensor | None) -> Quantized:
     return Quantized(by_rows(x, make)[0].view(E4M3), scale.reshape(1))
 
 
+def quantize_int4(x: Tensor, spec: QSpec) -> Quantized:
+    """e4m3 numbers -7 to 7 and scales amax / 7 of groups of activations [M, K] (SVDQuant, arXiv 2411.05007)."""
+
+    def make(slab: Tensor) -> tuple[Tensor, Tensor]:
+        groups = fill_up(slab.float(), spec).unflatten(1, (-1, spec.size))
+        amax = groups.abs().amax(dim=2, keepdim=True)
+        scale = amax / torch.full_like(amax, INT4_LEVELS)
+        codes = (groups / scale.clamp(min=_TINY)).round_()
+        return codes.flatten(1).to(E4M3).view(torch.uint8), scale.squeeze(2)
+
+    codes, scale = by_rows(x, make)
+    return Quantized(codes.view(E4M3), scale)
+
+
 def quantize_input(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE, static: Tensor | None = None) -> Quantized:
     """Codes [M, K] and float32 scales of activations [M, K], K filled up with zeros to whole groups.
 
@@ -50,6 +65,8 @@ def quantize_input(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE, static: 
     if spec.dtype in BLOCK_SCALED:
         blocks = mx_blocks(x, spec)
         return Quantized(blocks.elements, blocks.scale.float())
+    if spec.dtype == "int4":
+        return quantize_int4(x, spec)
     if spec.granularity == "tensor":
         return quantize_whole(x, None if spec.dynamic else static)
     return quantize_activation(fill_up(x, spec) if spec.size else x, spec, rounding)

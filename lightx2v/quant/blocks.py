@@ -1,4 +1,4 @@
-"""Microscaling (MX) formats, NVFP4 and grouped int4: short codes with one scale for 16, 32 or 128 values of a row.
+"""Microscaling (MX) formats and NVFP4: short codes with one scale for 16 or 32 values of a row.
 
 MX: OCP Microscaling Formats v1.0, with the scale rounded up to a power of two, as cuBLAS, torchao (RCEIL) and
 LightX2V's kernels do: no value saturates. NVFP4: scales of 16 values in e4m3 under one float32 scale of the tensor
@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lightx2v.quant.minifloat import E2M1, E3M2, Minifloat, lookup_pairs
-from lightx2v.quant.numerics import FP8_MAX, WEIGHT_MIN_AMAX
+from lightx2v.quant.numerics import FP8_MAX
 from lightx2v.quant.packing import pack4, pack6, pairs6
 from lightx2v.quant.spec import QSpec
 
 NVFP4_LEVELS = FP8_MAX * E2M1.largest
 """2688: the largest code times the largest scale. The global scale is this over the largest value of the tensor."""
-INT4_LEVELS = 7
 E4M3, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 ELEMENTS: dict[str, Minifloat] = {"mxfp6": E3M2, "mxfp4": E2M1, "nvfp4": E2M1}
 """Formats whose elements are not e4m3."""
@@ -48,7 +47,8 @@ class Blocks(NamedTuple):
 
 def fill_up(x: Tensor, spec: QSpec) -> Tensor:
     """[R, K] with zeros appended to whole blocks."""
-    return F.pad(x, (0, -x.shape[1] % spec.size)) if x.shape[1] % spec.size else x
+    missing = spec.filled(x.shape[1]) - x.shape[1]
+    return F.pad(x, (0, missing)) if missing else x
 
 
 def by_rows(x: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -124,19 +124,6 @@ def unpack_elements(packed: Tensor, spec: QSpec, dtype: torch.dtype = torch.floa
     if spec.dtype == "mxfp6":
         return lookup_pairs(pairs6(packed), _E3M2_VALUES, dtype)
     return lookup_pairs(packed, _INT4_VALUES if spec.dtype == "int4" else _E2M1_VALUES, dtype)
-
-
-def int4_codes(weight: Tensor, spec: QSpec) -> tuple[Tensor, Tensor]:
-    """Packed codes + 8 (uint8 [N, K/2]) and scales [N, G] of a weight: scale = amax / 7, amax at least 1e-5."""
-
-    def make(slab: Tensor) -> tuple[Tensor, Tensor]:
-        groups, amax = _groups(slab, spec)
-        scale = amax.clamp_(min=WEIGHT_MIN_AMAX) / torch.full_like(amax, INT4_LEVELS)
-        codes = (groups / scale).round_().clamp_(-INT4_LEVELS - 1, INT4_LEVELS).add_(8)
-        return pack4(codes.flatten(1).to(torch.uint8)), scale.squeeze(2)
-
-    codes, scale = by_rows(weight, make)
-    return codes, scale
 
 
 def scale_blocks(elements: Tensor, scale: Tensor, size: int) -> Tensor:

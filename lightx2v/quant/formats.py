@@ -7,8 +7,14 @@ A weight is [N, K], G groups of K; the names are the last component of a tensor'
     mxfp*       weight e4m3 [N, K] or uint8 (packed); weight_scale float8_e8m0fnu [N, G]
     nvfp4       weight uint8 [N, K/2]; weight_scale e4m3 [N, G]; weight_global_scale float32 [];
                 perhaps input_global_scale float32 []
-    int4        weight uint8 [N, K/2] of codes + 8; weight_scale float32 [N, G]
+    integers    weight uint8 [N, bytes] of codes from 0 (int8 symmetric: int8 [N, K]); weight_scale float32 [N, G];
+                affine ones: weight_zero float32 [N, G]
+    nf4, fp4    weight uint8 [N, K/2]; weight_scale float32 [N, G]; `_double` ones: weight_scale uint8 [N, G],
+                weight_scale_map [256], weight_scale_absmax [ceil(NG/256)] and weight_scale_offset [], float32
     gguf        weight uint8 [N, bytes of a row]; weight_type int32 []
+
+int8 channels may have input_scale float32 [T], input_zero float32 [T] and input_steps int32 [T + 1], for static
+activations; and every weight what `quant.around` lists.
 
 Packed codes have the first of two in the low half of the byte, and K filled up to whole groups.
 """
@@ -23,13 +29,14 @@ import torch
 from torch import Tensor
 
 from lightx2v.errors import CheckpointError
-from lightx2v.quant import blocks, gguf
+from lightx2v.quant import blocks, codebook, gguf, integers
 from lightx2v.quant.activations import BLOCK_SCALED
 from lightx2v.quant.layouts import FLOATS, Shape
 from lightx2v.quant.numerics import dequantize_weight, quantize_weight
 from lightx2v.quant.packing import pack4, swap_halves, swizzle, swizzled_shape, unpack_marlin, unswizzle
-from lightx2v.quant.spec import GGUF_KINDS, GgufKind, QSpec, gguf_kind
+from lightx2v.quant.spec import CODEBOOKS, GGUF_KINDS, GgufKind, QSpec, gguf_kind
 
+_ALL = 1 << 40
 _SMALLEST = torch.finfo(torch.float32).tiny
 _COMFY_FORMATS = {"fp8": "float8_e4m3fn", "mxfp8": "mxfp8", "nvfp4": "nvfp4"}
 _COMFY_KEYS = {"format", "full_precision_matrix_mult"}
@@ -53,9 +60,10 @@ def quantize_leaves(weight: Tensor, spec: QSpec, amax: Tensor | None = None) -> 
     if spec.dtype in BLOCK_SCALED:
         made = blocks.mx_blocks(weight, spec, packed=True)
         return {"weight": made.elements, "weight_scale": made.scale}
-    if spec.dtype == "int4":
-        codes, scale = blocks.int4_codes(weight, spec)
-        return {"weight": codes, "weight_scale": scale}
+    if spec.is_integer:
+        return integers.integer_leaves(weight, spec)
+    if spec.dtype in CODEBOOKS:
+        return codebook.codebook_leaves(weight, spec)
     if (kind := gguf_kind(spec)) is not None:
         return _quantize_gguf(weight, kind, spec)
     codes, scale = quantize_weight(weight, spec, amax)
@@ -85,8 +93,12 @@ def dequantize_leaves(leaves: Mapping[str, Tensor], spec: QSpec, dtype: torch.dt
     weight = leaves["weight"]
     if gguf_kind(spec):
         return gguf.dequantize_blocks(weight, stored_kind(leaves["weight_type"]), dtype)
+    if spec.is_integer:
+        return integers.integer_values(leaves, spec, dtype)
+    if spec.dtype in CODEBOOKS:
+        return codebook.codebook_values(leaves, spec, dtype)
     scale = leaves["weight_scale"]
-    if spec.dtype not in (*BLOCK_SCALED, "int4"):
+    if spec.dtype not in BLOCK_SCALED:
         return dequantize_weight(weight, scale, spec, dtype)
     values = blocks.scale_blocks(blocks.unpack_elements(weight, spec), scale, spec.size)
     if spec.dtype == "nvfp4":
@@ -112,21 +124,21 @@ def read_leaves(given: Mapping[str, Tensor], spec: QSpec, n: int, k: int, where:
         _check_mark(mark, spec, where)
     if gguf_kind(spec):
         return leaves
-    if spec.dtype == "int4":
-        if leaves["weight"].dtype == torch.int32:
-            codes, scale = unpack_marlin(leaves["weight"], leaves["weight_scale"])
-            leaves = {"weight": pack4(codes), "weight_scale": scale}
+    if spec.dtype == "int4" and leaves["weight"].dtype == torch.int32:
+        codes, scale = unpack_marlin(leaves["weight"], leaves["weight_scale"])
+        leaves = {"weight": pack4(codes), "weight_scale": scale}
     elif spec.dtype in BLOCK_SCALED:
         _read_blocks(leaves, spec, spec.scale_shape(n, k), marked=mark is not None)
     elif spec.granularity == "channel":
         leaves["weight_scale"] = leaves["weight_scale"].reshape(n, 1)
+        leaves |= {leaf: leaves[leaf].reshape(-1) for leaf in ("input_scale", "input_zero") if leaf in leaves}
     elif spec.granularity == "tensor":
         _read_whole(leaves, n)
     for name, tensor in leaves.items():
         if name != "weight":
             if not bool(torch.isfinite(tensor.float()).all()):
                 raise CheckpointError(where, f"'{name}' holds inf or NaN", do="convert the checkpoint again")
-            if name != "weight_scale" or spec.dtype not in BLOCK_SCALED:
+            if tensor.dtype in FLOATS:
                 leaves[name] = tensor.float()
     return leaves
 
@@ -216,7 +228,7 @@ def written_leaves(leaves: Mapping[str, Tensor], spec: QSpec) -> dict[str, Tenso
 
 def rows_of(leaf: str, spec: QSpec, start: int, stop: int) -> tuple[int, int] | None:
     """The rows of a written tensor for rows [start, stop) of the weight; None for a tensor of the whole weight."""
-    if leaf == "weight":
+    if leaf in ("weight", "weight_zero"):
         return start, stop
     if leaf != "weight_scale" or spec.granularity == "tensor":
         return None
@@ -229,6 +241,8 @@ def rows_together(spec: QSpec) -> int:
     """How many rows of a weight share tensors, so that a conversion must not part them."""
     if spec.dtype in BLOCK_SCALED:
         return 128
+    if spec.dtype in CODEBOOKS and codebook.is_double(spec):
+        return _ALL
     return spec.size if spec.granularity == "block" else 1
 
 
@@ -236,5 +250,8 @@ def scale_bytes(spec: QSpec, n: int, k: int) -> int:
     """Bytes of the scales beside the codes of a weight [n, k], in the form that libraries compute with."""
     if gguf_kind(spec):
         return 0
-    of_tensor = 4 if spec.dtype == "nvfp4" else 0
-    return math.prod(spec.scale_shape(n, k)) * (1 if spec.dtype in BLOCK_SCALED else 4) + of_tensor
+    count, of_tensor = math.prod(spec.scale_shape(n, k)), 4 if spec.dtype == "nvfp4" else 0
+    if spec.dtype in CODEBOOKS and codebook.is_double(spec):
+        return count + 4 * (-(-count // codebook.NESTED_BLOCK) + 256 + 1)
+    affine = spec.is_integer and not spec.symmetric
+    return count * (1 if spec.dtype in BLOCK_SCALED else 4) * (2 if affine else 1) + of_tensor

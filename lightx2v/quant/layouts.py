@@ -12,16 +12,21 @@ from typing import NamedTuple
 
 import torch
 
+from lightx2v.quant.around import AROUND_LEAVES
 from lightx2v.quant.packing import swizzled_shape
-from lightx2v.quant.spec import QSpec, gguf_kind
+from lightx2v.quant.spec import CODEBOOKS, QSpec, gguf_kind
 
 Shape = tuple[int, ...]
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INPUT_LEAVES = ("input_scale", "scale_input", "input_absmax", "input_global_scale")
+INPUT_LEAVES = ("input_scale", "scale_input", "input_absmax", "input_global_scale", "input_zero", "input_steps")
 """What tells how a layer's input is quantized: it may come with a float weight too."""
-SCALE_LEAVES = (*INPUT_LEAVES, "weight_scale", "weight_global_scale", "weight_scale_2", "scale_weight", "alpha")
-"""Every tensor of scales."""
+SCALE_LEAVES = (
+    *INPUT_LEAVES,
+    *("weight_scale", "weight_global_scale", "weight_scale_2", "scale_weight", "alpha", "weight_zero"),
+    *("weight_scale_map", "weight_scale_absmax", "weight_scale_offset", *AROUND_LEAVES),
+)
+"""Every tensor of a quantized layer besides its weight and bias."""
 
 _E4M3, _E8M0, _BYTE, _INT = torch.float8_e4m3fn, torch.float8_e8m0fnu, torch.uint8, torch.int32
 _SCALAR: tuple[Shape, ...] = ((), (1,), (1, 1))
@@ -69,24 +74,47 @@ _MARK = _optional(dtypes=(_BYTE,))
 """ComfyUI's `comfy_quant`: bytes of JSON."""
 
 
+_STATIC: Layout = {
+    "input_scale": _optional(),
+    "input_zero": _optional(),
+    "input_steps": _optional(dtypes=(_INT,)),
+}
+
+
 def packed_width(spec: QSpec, k: int) -> int:
     """Elements of a row of the stored `weight`: bytes of packed codes, of K filled up to whole groups."""
-    if spec.dtype in ("int8", "fp8"):
+    if spec.dtype == "fp8" or (spec.dtype == "int8" and not spec.is_integer):
         return k
     bits = spec.bits
     assert bits is not None
-    return int((k + -k % spec.size) * bits / 8)
+    return int(spec.filled(k) * bits / 8)
 
 
 def layouts_of(spec: QSpec, n: int, k: int) -> tuple[Layout, ...]:
     """Every way in which a weight [n, k] of `spec` is stored."""
+    around = _around(n, k)
+    return tuple({**layout, **around} for layout in _layouts_of(spec, n, k))
+
+
+def _around(n: int, k: int) -> Layout:
+    return {
+        "input_multiplier": _optional((k,)),
+        "input_rotation": _optional(*_SCALAR, dtypes=(_INT,)),
+        "lowrank_down": _optional(),
+        "lowrank_up": _optional(),
+    }
+
+
+def _layouts_of(spec: QSpec, n: int, k: int) -> tuple[Layout, ...]:
     if gguf_kind(spec):
         return ({"weight": _leaf(_BYTE), "weight_type": _leaf(_INT, *_SCALAR)},)
     codes = (n, packed_width(spec, k))
     if spec.dtype == "nvfp4":
         return _nvfp4(n, codes, spec.scale_shape(n, k))
-    if spec.dtype == "int4":
-        return _int4(n, k, codes, spec)
+    if spec.is_integer:
+        return _integers(n, k, codes, spec)
+    if spec.dtype in CODEBOOKS:
+        return (_codebook(codes, spec.scale_shape(n, k), spec.dtype.endswith("_double")),)
     if spec.dtype.startswith("mxfp"):
         plain = spec.scale_shape(n, k)
         # LightX2V keeps e4m3 as bytes, others as what it is.
@@ -96,7 +124,8 @@ def layouts_of(spec: QSpec, n: int, k: int) -> tuple[Layout, ...]:
     code = {"int8": torch.int8, "fp8": _E4M3}[spec.dtype]
     if spec.granularity != "tensor":
         shapes = [spec.scale_shape(n, k)] + ([(n,)] if spec.granularity == "channel" else [])
-        return ({"weight": _leaf(code, codes), "weight_scale": _leaf(FLOATS, *shapes)},)
+        layout: Layout = {"weight": _leaf(code, codes), "weight_scale": _leaf(FLOATS, *shapes)}
+        return ({**layout, **(_STATIC if spec.dtype == "int8" else {})},)
     scales: tuple[Shape, ...] = (*_SCALAR, (1, n), (n, 1), (n,))
     return (
         {
@@ -120,9 +149,13 @@ def _nvfp4(n: int, codes: Shape, plain: Shape) -> tuple[Layout, ...]:
     )
 
 
-def _int4(n: int, k: int, codes: Shape, spec: QSpec) -> tuple[Layout, ...]:
-    plain: Layout = {"weight": _leaf(_BYTE, codes), "weight_scale": _leaf(FLOATS, spec.scale_shape(n, k))}
-    if k % 128 or n % 64:
+def _integers(n: int, k: int, codes: Shape, spec: QSpec) -> tuple[Layout, ...]:
+    scale = _leaf(FLOATS, spec.scale_shape(n, k))
+    dtype = torch.int8 if spec.dtype == "int8" and spec.symmetric else _BYTE
+    plain: Layout = {"weight": _leaf(dtype, codes), "weight_scale": scale}
+    if not spec.symmetric:
+        return ({**plain, "weight_zero": scale},)
+    if (spec.dtype, spec.size) != ("int4", 128) or k % 128 or n % 64:
         return (plain,)
     marlin: Layout = {
         "weight": _leaf(_INT, (k // 16, 2 * n)),
@@ -130,6 +163,19 @@ def _int4(n: int, k: int, codes: Shape, spec: QSpec) -> tuple[Layout, ...]:
         "weight_workspace": _optional(dtypes=(_INT,)),
     }
     return (plain, marlin)
+
+
+def _codebook(codes: Shape, scales: Shape, double: bool) -> Layout:
+    if not double:
+        return {"weight": _leaf(_BYTE, codes), "weight_scale": _leaf(FLOATS, scales)}
+    nested = -(-scales[0] * scales[1] // 256)
+    return {
+        "weight": _leaf(_BYTE, codes),
+        "weight_scale": _leaf(_BYTE, scales),
+        "weight_scale_map": _leaf(FLOATS, (256,)),
+        "weight_scale_absmax": _leaf(FLOATS, (nested,)),
+        "weight_scale_offset": _leaf(FLOATS, *_SCALAR),
+    }
 
 
 def accepted(spec: QSpec, n: int, k: int) -> dict[str, Leaf]:

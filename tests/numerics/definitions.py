@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightx2v.quant.codebook import NF4_VALUES
 from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import QSpec
 
@@ -35,13 +36,28 @@ def bits(packed: Tensor, width: int) -> np.ndarray:
     return (codes * 2 ** np.arange(width)).sum(axis=2)
 
 
-def elements(weight: Tensor, dtype: str) -> np.ndarray:
-    if dtype in ("fp8", "mxfp8", "int8"):
+NF4 = np.array(
+    [
+        *(-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0),
+        *(0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0),
+    ]
+)
+"""To four digits, as QLoRA's paper has them."""
+FP4 = np.array([sign * value / 12 for sign in (1, -1) for value in (0, 0.0625, 8, 12, 4, 6, 2, 3)])
+
+
+def elements(weight: Tensor, spec: QSpec) -> np.ndarray:
+    dtype, width = spec.dtype, int(spec.bits or 8)
+    if dtype in ("fp8", "mxfp8") or (dtype == "int8" and spec.symmetric):
         return weight.cpu().double().numpy()
-    if dtype == "mxfp6":
-        return E3M2[bits(weight, 6)]
-    codes = bits(weight, 4)
-    return codes - 8.0 if dtype == "int4" else E2M1[codes]
+    codes = bits(weight, width)
+    if dtype.startswith("int"):
+        return codes - (2.0 ** (width - 1) if spec.symmetric else 0.0)
+    if dtype.startswith("nf4"):
+        # The definition has more digits than the paper prints: they are checked against it, and taken.
+        assert np.abs(np.array(NF4_VALUES) - NF4).max() < 1e-4
+        return np.array(NF4_VALUES)[codes]
+    return {"mxfp6": E3M2, "fp4": FP4, "fp4_double": FP4}.get(dtype, E2M1)[codes]
 
 
 def scales(scale: Tensor, spec: QSpec, shape: tuple[int, ...]) -> np.ndarray:
@@ -63,8 +79,13 @@ def weight_values(leaves: Mapping[str, Tensor], spec: QSpec) -> Tensor:
         if kind.name in ("F32", "F16"):
             raw = raw.view({"F32": np.float32, "F16": np.float16}[kind.name])
         return torch.from_numpy(gguf.quants.dequantize(raw, kind).astype(np.float64))
-    values = elements(leaves["weight"], spec.dtype)
-    values = values * scales(leaves["weight_scale"], spec, values.shape)
+    values, scale = elements(leaves["weight"], spec), leaves["weight_scale"]
+    if "weight_zero" in leaves:
+        values = values - scales(leaves["weight_zero"], spec, values.shape)
+    if spec.dtype.endswith("_double"):
+        nested = leaves["weight_scale_absmax"].double().repeat_interleave(256)[: scale.numel()].view(scale.shape)
+        scale = leaves["weight_scale_map"].double()[scale.long()] * nested + leaves["weight_scale_offset"].double()
+    values = values * scales(scale, spec, values.shape)
     if spec.dtype == "nvfp4":
         values = values / leaves["weight_global_scale"].double().item()
     return torch.from_numpy(values)

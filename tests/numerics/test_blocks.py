@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightx2v.quant.blocks import global_scale, int4_codes, mx_blocks, nvfp4_blocks, unpack_elements
+from lightx2v.quant.blocks import global_scale, mx_blocks, nvfp4_blocks, unpack_elements
+from lightx2v.quant.integers import integer_leaves
 from lightx2v.quant.minifloat import E2M1, E3M2, Minifloat, lookup_pairs
 from lightx2v.quant.spec import INT4_G128, MXFP4, MXFP6, MXFP8, NVFP4, QSpec
 from tests.numerics.definitions import E2M1 as E2M1_VALUES
@@ -158,7 +159,7 @@ def test_the_largest_value_takes_the_largest_code_and_scale() -> None:
 @given(rows=st.integers(1, 5), columns=st.integers(1, 300), dtype=DTYPES, seed=st.integers(0, 99))
 def test_int4(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
     weight = sample(rows, columns, 1.0, dtype, seed)
-    packed, scale = int4_codes(weight, INT4_G128)
+    packed, scale = integer_leaves(weight, INT4_G128).values()
     groups = -(-columns // 128)
     assert packed.shape == (rows, groups * 64) and scale.shape == (rows, groups)
     exact = np.zeros((rows, groups * 128))

@@ -29,6 +29,12 @@ NAMES = (
     *"gguf-BF16 gguf-Q8_0 gguf-Q5_1 gguf-Q5_0 gguf-Q4_1 gguf-Q4_0".split(),
     *(f"W-{spec}-sym-Auto" for spec in "int8-channel fp8-channel fp8-block128 fp8-tensor mxfp6-group32".split()),
     *("W-nvfp4-group16-sym-Auto", "W-fp8-tensor-sym-A-fp8-tensor-sym-dynamic-Auto"),
+    *"int4-w4a4 nf4 nf4-double fp4 fp4-double int8-weight-only fp8-weight-only int8-g64 int8-g64-asym".split(),
+    *"int8-channel-asym int4-g64-asym int4-channel int3-g64 int3-g128-asym int3-channel".split(),
+    *"int2-g32 int2-g128-asym".split(),
+)
+SLABS = (
+    "mxfp4 nvfp4 int4-g128 int3-g64-asym nf4-double int4-w4a4 gguf-Q8_0 fp8-pertensor W-fp8-block128-sym-Auto".split()
 )
 CASES = [
     (device, library, name)
@@ -117,7 +123,10 @@ def test_many_rows(name: str, m: int) -> None:
         check(device, "dequantize", parse(name).with_library("dequantize"), x, weight, None)
 
 
-@pytest.mark.parametrize("name", "mxfp4 nvfp4 int4-g128 gguf-Q8_0 fp8-pertensor W-fp8-block128-sym-Auto".split())
+@pytest.mark.parametrize(
+    "name",
+    "mxfp4 nvfp4 int4-g128 int3-g64-asym nf4-double int4-w4a4 gguf-Q8_0 fp8-pertensor W-fp8-block128-sym-Auto".split(),
+)
 def test_slabs_of_a_weight_are_the_whole(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightx2v.mm import weight_only
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from tests.numerics.test_packing import marlin
 CPU = DeviceInfo("cpu", 0, "a CPU", None, 1, 1)
 N, K = 200, 256
 SHORT = ("fp8-pertensor", "mxfp8", "mxfp6-mxfp8", "mxfp4", "nvfp4", "int4-g128")
+SHORT += ("int4-w4a4", "int3-g64-asym", "int8-g64", "int8-channel-asym", "nf4", "nf4-double")
 NAMES = [f"{kind}-{library}" for kind in (*SHORT, "gguf-Q4_0", "gguf-BF16") for library in ("dequantize", "reference")]
 
 
@@ -228,7 +230,8 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
 def test_bytes_per_weight(mm_type: str) -> None:
     layer, spec = loaded(mm_type, stored(mm_type, 512, 1024), 512, 1024), parse(mm_type).weight
     assert spec is not None
-    most = {"fp8-pertensor": 0.51, "mxfp8": 0.516, "mxfp6-mxfp8": 0.4}.get(mm_type, 0.29)
+    most: Any = {"fp8-pertensor": 0.51, "mxfp8": 0.516, "mxfp6-mxfp8": 0.4}
+    most = {**most, "int8-g64": 0.54, "int8-channel-asym": 0.51, "int4-w4a4": 0.32, "nf4": 0.32}.get(mm_type, 0.29)
     assert layer.weight_bytes <= most * 2 * 512 * 1024
     code_bytes = layer.kernels.code_bytes(layer.scheme, CPU)
     assert layer.weight_bytes == 512 * 1024 * code_bytes + scale_bytes(spec, 512, 1024)
@@ -254,7 +257,9 @@ def test_headers_tell_one_scheme_from_another() -> None:
         assert spec is not None
         told = {leaf: Stored(tensor.dtype, tuple(tensor.shape)) for leaf, tensor in stored(mm_type).items()}
         fitting = [name for name in (*SHORT, "int8", "fp8", "fp8-b128") if find_layout(parse(name).weight, N, K, told)]  # type: ignore[arg-type]
-        assert fitting == [mm_type]
+        # Four bits in blocks of 64 may be either: the file says which.
+        alike = ["int4-w4a4", "nf4"]
+        assert fitting == (alike if mm_type in alike else [mm_type])
         required = {leaf for leaf, form in layouts_of(spec, N, K)[0].items() if form.required}
         assert required == set(told)
 
@@ -278,6 +283,7 @@ def test_layers_are_put_together_only_where_their_scales_allow(mm_type: str, n: 
     attention = Attention(first, second)
     count = fuse_projections(attention)
     stacks = {"mxfp8": 128, "mxfp6-mxfp8": 128, "mxfp4": 128, "int4-g128": 1}
+    stacks |= {name: 1 for name in ("int4-w4a4", "int3-g64-asym", "int8-g64", "int8-channel-asym", "nf4")}
     assert count == int(mm_type in stacks and n % stacks[mm_type] == 0)
     for got, want in zip(project(x, attention.q, attention.k), wanted, strict=True):
         torch.testing.assert_close(got, want, rtol=0.02, atol=0.02)

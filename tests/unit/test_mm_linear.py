@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     assert "shape [200, 136], the layer wants [136, 200]" in refusal("int8-torch", {**int8, "weight": int8["weight"].T})
     assert "inf or NaN" in refusal("int8-torch", {**int8, "weight_scale": int8["weight_scale"] / 0})
     assert "'weight_scale' is int32" in refusal("int8-torch", {**int8, "weight_scale": int8["weight_scale"].int()})
-    assert "'input_scale' is not part" in refusal("int8-torch", {**int8, "input_scale": torch.ones(1)})
+    assert "'scale_input' is not part" in refusal("int8-torch", {**int8, "scale_input": torch.ones(1)})
     floats = {**int8, "weight": torch.randn(N, K)}
     assert "set weight_auto_quant" in refusal("int8-torch", floats)
     assert "not quantized" in refusal("int8-torch", floats, auto_quant=True)

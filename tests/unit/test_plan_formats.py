@@ -30,7 +30,9 @@ from tests.unit.test_gguf_files import write
 CPU = DeviceInfo("cpu", 0, "a CPU", None, 1, 1)
 N, K = 128, 256
 SHAPES = {"a": (N, K), "b": (N, K)}
-TYPES = "int8 fp8 fp8-b128 fp8-pertensor mxfp8 mxfp6-mxfp8 mxfp4 nvfp4 int4-g128".split()
+TYPES = (
+    "int8 fp8 fp8-b128 fp8-pertensor mxfp8 mxfp6-mxfp8 mxfp4 nvfp4 int4-g128 nf4-double int4-g128-asym int2-g64".split()
+)
 
 
 def stored(mm_type: str, layer: str = "a") -> dict[str, Tensor]:
