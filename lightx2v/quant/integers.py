@@ -36,15 +36,17 @@ def integer_leaves(weight: Tensor, spec: QSpec) -> dict[str, Tensor]:
     Symmetric: scale = amax / (2^(b-1) - 1), amax at least 1e-5. Affine: scale = (max - min) / (2^b - 1), zero =
     -min / scale, as Quanto's MaxOptimizer.
     """
-    groups, top = _groups(weight, spec), levels_of(spec) - 1
-    if spec.symmetric:
-        largest = groups.abs().amax(dim=2, keepdim=True).clamp_(min=WEIGHT_MIN_AMAX)
-        scale, zero = largest / torch.full_like(largest, top // 2), None
-    else:
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        scale = ((high - low) / torch.full_like(high, top)).clamp_(min=WEIGHT_MIN_AMAX / top)
-        zero = -low / scale
-    return encode_integers(weight, spec, scale.squeeze(2), None if zero is None else zero.squeeze(2))
+    low, high = _groups(weight, spec).aminmax(dim=2)
+    return encode_integers(weight, spec, *integer_scales(low, high, levels_of(spec), spec.symmetric))
+
+
+def integer_scales(low: Tensor, high: Tensor, levels: int, symmetric: bool) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points, float32, with which the first and the last of `levels` codes reach from low to high."""
+    if symmetric:
+        largest = torch.maximum(high, -low).clamp_(min=WEIGHT_MIN_AMAX)
+        return largest / torch.full_like(largest, levels // 2 - 1), None
+    scale = ((high - low) / torch.full_like(high, levels - 1)).clamp_(min=WEIGHT_MIN_AMAX / (levels - 1))
+    return scale, -low / scale
 
 
 def encode_integers(weight: Tensor, spec: QSpec, scale: Tensor, zero: Tensor | None = None) -> dict[str, Tensor]:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightx2v.quant.calibration.smoothing import apply_multiplier, balance, weight_absmax, weight_mean_abs
+from lightx2v.quant.around import Around, fold_around
+from lightx2v.quant.calibration.smoothing import balance, weight_absmax, weight_mean_abs
 
 Error = Callable[[Tensor], float]
 """From a multiplier float32 [K] to the error that it leaves."""
@@ -34,7 +35,8 @@ class OutputError:
 
     `rows` [R, K] are inputs, `weights` [N, K] those that share them. `fake_quantize_input` rounds an input, none keeps
     it as it is. `low_rank` gives, of a smoothed weight, the factors (down [r, K], up [N, r]) that stay beside the codes
-    of the rest (SVDQuant), which are computed of the smoothed input before it is rounded.
+    of the rest (SVDQuant), which are computed of the smoothed input before it is rounded. `rotation` is the size of the
+    rotation that follows the multiplier, 0 for none.
     """
 
     def __init__(
@@ -44,20 +46,21 @@ class OutputError:
         fake_quantize_weight: FakeQuantize,
         fake_quantize_input: FakeQuantize | None = None,
         low_rank: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        rotation: int = 0,
     ) -> None:
         self.rows = rows.float()
         self.weights = [weight.float() for weight in weights]
         self.fake_quantize_weight, self.fake_quantize_input = fake_quantize_weight, fake_quantize_input
-        self.low_rank = low_rank
+        self.low_rank, self.rotation = low_rank, rotation
         self.wanted = [self.rows @ weight.T for weight in self.weights]
         self.energy = sum(float(output.double().square().sum()) for output in self.wanted) or 1.0
 
     def __call__(self, multiplier: Tensor) -> float:
-        x = self.rows * multiplier
+        x = Around(multiplier, self.rotation).input(self.rows)
         rounded = x if self.fake_quantize_input is None else self.fake_quantize_input(x).float()
         error = 0.0
         for weight, wanted in zip(self.weights, self.wanted, strict=True):
-            smoothed = apply_multiplier(weight, multiplier)
+            smoothed = fold_around(weight, multiplier, self.rotation)
             missing = wanted
             if self.low_rank is not None:
                 down, up = self.low_rank(smoothed)

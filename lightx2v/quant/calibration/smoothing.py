@@ -1,8 +1,8 @@
 """Multipliers that move outliers of a linear's input into its weight, or back: x' = x * m, W' = W / m.
 
-x' W'^T = x W^T, but the codes of x' and W' hold other errors. K input channels; weights [N, K] that share the input get
-one multiplier. A[k] is a span of the input's channel k and W[k] that of all weights' column k. Multipliers are float32
-[K], finite and positive; a channel whose input or weights are all zero has 1.
+x' W'^T = x W^T, but the codes of x' and W' hold other errors; `quant.around` applies them. K input channels; weights
+[N, K] that share the input get one multiplier. A[k] is a span of the input's channel k and W[k] that of all weights'
+column k. Multipliers are float32 [K], finite and positive; a channel whose input or weights are all zero has 1.
 """
 
 from __future__ import annotations
@@ -50,11 +50,6 @@ def iterative_smooth(
 ) -> Tensor:
     """msModelSlim's m4 (iter_smooth): 1 / m = A^alpha / W^(1 - alpha), at least `smallest`."""
     return _plain(input_absmax, weight_absmax(weights), alpha, smallest)
-
-
-def apply_multiplier(weight: Tensor, multiplier: Tensor) -> Tensor:
-    """W' = W / m, float32 [N, K]."""
-    return weight.float() / multiplier
 
 
 def _plain(input_span: Tensor, weight_span: Tensor, alpha: float, smallest: float) -> Tensor:
