@@ -49,6 +49,17 @@ class Caps:
     """For the other dtypes: bound of |y - exact| / sum_k |x_k w_k|, before the rounding to the output dtype."""
 
 
+def move_buffers(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
+    """`fn` of every buffer, each in the dtype it has.
+
+    Module.to(dtype) counts fp8 codes and float32 scales among the floating-point tensors that it may round.
+    """
+    for name, old in module._buffers.items():
+        if old is not None:
+            new = fn(old)
+            module._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+
+
 class Packed(nn.Module):
     """A weight [n, k] as the kernel `method` of a library wants it; its buffers keep their dtype when moved."""
 
@@ -67,11 +78,7 @@ class Packed(nn.Module):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.buffers())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
-        # Module.to(dtype) counts fp8 codes and float32 scales among the floating-point tensors that it may round.
-        for name, old in self._buffers.items():
-            if old is not None:
-                new = fn(old)
-                self._buffers[name] = new if new.dtype == old.dtype else old.to(new.device)
+        move_buffers(self, fn)
         return self
 
 

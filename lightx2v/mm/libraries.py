@@ -21,8 +21,9 @@ LIBRARIES.add("torch_scaled", "lightx2v.mm.torch_scaled:LIBRARY")
 LIBRARIES.add("outliers", "lightx2v.mm.outliers:LIBRARY")
 LIBRARIES.add("dequantize", "lightx2v.mm.weight_only:LIBRARY")
 LIBRARIES.add("reference", "lightx2v.mm.reference:LIBRARY")
+LIBRARIES.add("angelslim", "lightx2v.mm.angelslim:LIBRARY")
 
-#: The order in which "auto", and a permitted fallback, look for a library.
+#: The order in which "auto", and a permitted fallback, look for a library. "angelslim" is used where it is named.
 PRIORITY = tuple(
     "onednn vllm sgl deepgemm q8f torchao torch_native torch_scaled outliers dequantize reference".split(),
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightx2v.elementwise import gelu_tanh
 from lightx2v.errors import CheckpointError, ConfigError
-from lightx2v.mm.base import Packed
+from lightx2v.mm.base import Packed, move_buffers
 from lightx2v.mm.custom import CustomLinear
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
@@ -238,6 +238,11 @@ class QuantLinear(nn.Module):
         return sum(
             t.numel() * t.element_size() for leaf, t in self._buffers.items() if t is not None and leaf != "bias"
         )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        for module in self.modules():
+            move_buffers(module, fn)
+        return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -84,6 +84,7 @@ LIBRARY_TOKENS: dict[str, tuple[str, str]] = {
     "torch_scaled": ("TorchScaled", "torch-scaled"),
     "dequantize": ("Dequantize", "dequantize"),
     "reference": ("Reference", "reference"),
+    "angelslim": ("AngelSlim", "angelslim"),
     "vllm": ("Vllm", "vllm"),
     "sgl": ("Sgl", "sgl"),
     "q8f": ("Q8F", "q8f"),
@@ -156,6 +157,7 @@ _ALIASES = (
         for kind in ("fp8-pertensor", "mxfp8", "mxfp6-mxfp8", "mxfp4", "nvfp4")
         for name in ("torch", "dequantize", "reference")
     ),
+    "fp8-pertensor-angelslim",
     *(f"int4-g128-{name}" for name in ("marlin", "dequantize", "reference")),
     *(f"int{bits}-g{size}{kind}" for bits in (4, 3, 2) for size in (128, 64) for kind in ("", "-asym")),
     *_MIXED,
@@ -169,7 +171,7 @@ _OTHER_QUANTIZERS = (
 )
 
 #: Libraries whose rounding of activations is known, which is what "-Act<Library>" asks for.
-_ACT_LIBRARIES = frozenset("vllm sgl torchao triton deepgemm onednn torch_native reference".split())
+_ACT_LIBRARIES = frozenset("vllm sgl torchao triton deepgemm onednn torch_native reference angelslim".split())
 
 _LONG = re.compile(
     r"W-(?P<w_dtype>[a-z0-9_]+)-(?P<w_gran>tensor|channel|block\d+|group\d+)(?P<w_sym>-sym)?"

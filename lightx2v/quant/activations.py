@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from lightx2v.quant.blocks import E4M3, by_rows, fill_up, global_scale, mx_blocks, nvfp4_blocks
-from lightx2v.quant.numerics import FP8_MAX, NATIVE, Quantized, Rounding, quantize_activation
+from lightx2v.quant.numerics import (
+    FP8_MAX,
+    NATIVE,
+    Quantized,
+    Rounding,
+    quantize_activation,
+    quantize_whole_bfloat16,
+)
 from lightx2v.quant.spec import QSpec
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -14,11 +21,14 @@ INT4_LEVELS = 7
 BLOCK_SCALED = ("mxfp8", "mxfp6", "mxfp4", "nvfp4")
 
 
-def quantize_whole(x: Tensor, static: Tensor | None) -> Quantized:
+def quantize_whole(x: Tensor, static: Tensor | None, rounding: Rounding = NATIVE) -> Quantized:
     """fp8 codes of activations [M, K] under one scale [1]: `static`, or amax / 448 of this very tensor.
 
-    What is larger than 448 times a static scale becomes the largest code; an inf becomes NaN.
+    All of it is float32, save a scale of bfloat16 x that `rounding` has in bfloat16. What is larger than 448 times a
+    static scale becomes the largest code; an inf becomes NaN.
     """
+    if static is None and rounding.in_bfloat16 and x.dtype == torch.bfloat16:
+        return quantize_whole_bfloat16(x, rounding)
     if static is None:
         amax = x.abs().amax().float()
         scale = amax / torch.full_like(amax, FP8_MAX)
@@ -68,5 +78,5 @@ def quantize_input(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE, static: 
     if spec.dtype == "int4":
         return quantize_int4(x, spec)
     if spec.granularity == "tensor":
-        return quantize_whole(x, None if spec.dynamic else static)
+        return quantize_whole(x, None if spec.dynamic else static, rounding)
     return quantize_activation(fill_up(x, spec) if spec.size else x, spec, rounding)

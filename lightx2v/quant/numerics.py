@@ -53,6 +53,10 @@ class Rounding:
 
 
 NATIVE = Rounding("levels")
+#: AngelSlim's of whole tensors, weights and activations (angelslim/compressor/diffusion/quant/quant_func.py). It
+#: divides in the dtype of the tensor, whatever that is; in float16 448 / amax overflows below amax = 0.0068, so that
+#: one is float32 here.
+ANGELSLIM = Rounding("levels", min_amax=1e-12, in_bfloat16=True)
 _VLLM_FP8 = Rounding("scale", min_scale=1 / (FP8_MAX * 512))
 _TORCHAO_FP8 = Rounding("scale", min_amax=1e-8, in_bfloat16=True)
 _TRITON_FP8 = Rounding("scale", min_amax=1e-8, scale_in_bfloat16=True)
@@ -68,6 +72,7 @@ _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
     ("torchao", "int8", "token"): Rounding("reciprocal", min_scale=1e-5, in_bfloat16=True, scale_in_float16=True),
     ("torchao", "fp8", "token"): _TORCHAO_FP8,
     ("triton", "fp8", "token"): _TRITON_FP8,
+    ("angelslim", "fp8", "tensor"): ANGELSLIM,
     ("deepgemm", "fp8", "group"): Rounding("levels", min_amax=1e-4),  # LightX2V's torch code for DeepGEMM
 }
 
@@ -75,6 +80,17 @@ _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
 def rounding_of(library: str, spec: QSpec) -> Rounding:
     """The rounding that `library` applies to activations of `spec`."""
     return _ROUNDINGS.get((library, spec.dtype, spec.granularity), NATIVE)
+
+
+def quantize_whole_bfloat16(x: Tensor, rounding: Rounding) -> Quantized:
+    """fp8 codes of a bfloat16 tensor under one scale, with multiplier and products rounded to bfloat16: scale [1].
+
+    The scale is the multiplier's reciprocal in float32. An inf gives codes NaN and scale inf.
+    """
+    amax = x.abs().amax() if x.numel() else x.new_zeros(())
+    multiplier = amax.clamp(min=rounding.min_amax).reciprocal() * FP8_MAX  # which is what torch makes of 448 / amax
+    codes = (x * multiplier).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return Quantized(codes, multiplier.float().reciprocal().reshape(1))
 
 
 def quantize_weight(weight: Tensor, spec: QSpec, amax: Tensor | None = None) -> Quantized:
@@ -94,7 +110,7 @@ def quantize_weight(weight: Tensor, spec: QSpec, amax: Tensor | None = None) -> 
     else:
         raise ValueError(f"weights have no granularity '{spec.granularity}'")
     scale = amax.clamp(min=WEIGHT_MIN_AMAX) / levels
-    scaled = values / _expand(scale, spec, weight.shape)
+    scaled = values / expand_scale(scale, spec, weight.shape)
     if spec.dtype == "int8":
         return Quantized(scaled.round_().clamp_(-INT8_MAX - 1, INT8_MAX).to(torch.int8), scale)
     return Quantized(scaled.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale)
@@ -102,7 +118,7 @@ def quantize_weight(weight: Tensor, spec: QSpec, amax: Tensor | None = None) -> 
 
 def dequantize_weight(codes: Tensor, scale: Tensor, spec: QSpec, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [N, K] that codes [N, K] and their scale stand for."""
-    return (codes.float() * _expand(scale.float(), spec, codes.shape)).to(dtype)
+    return (codes.float() * expand_scale(scale.float(), spec, codes.shape)).to(dtype)
 
 
 def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> Quantized:
@@ -158,7 +174,7 @@ def _blocks(values: Tensor, size: int) -> Tensor:
     return padded.view(padded.shape[0] // size, size, padded.shape[1] // size, size)
 
 
-def _expand(scale: Tensor, spec: QSpec, shape: torch.Size) -> Tensor:
+def expand_scale(scale: Tensor, spec: QSpec, shape: torch.Size) -> Tensor:
     """Scales in a shape that broadcasts against the [N, K] weight."""
     if spec.granularity != "block":
         return scale

@@ -39,7 +39,7 @@ SLABS = (
 CASES = [
     (device, library, name)
     for device in list_devices()
-    for library in ("torch_scaled", "dequantize", "reference")
+    for library in ("torch_scaled", "dequantize", "reference", "angelslim")
     for name in NAMES
     if LIBRARIES[library].can_serve(parse(name).with_library(library), 128, 128, device) is None
 ]
@@ -158,6 +158,19 @@ def test_what_is_not_finite_shows(name: str, fault: float, library: str) -> None
     x[1, 5] = fault
     out = adapter.linear(scheme, x, packed, None)
     assert not out[1].isfinite().any() and out[0].isfinite().all() and out[2].isfinite().all()
+
+
+@pytest.mark.parametrize("library", ["angelslim", "dequantize", "reference"])
+@pytest.mark.parametrize("fault", [float("inf"), float("nan")])
+def test_what_is_not_finite_shows_under_one_scale_for_all(fault: float, library: str) -> None:
+    """No row is right beside it, and none may look as if it were."""
+    scheme, adapter = parse("W-fp8-tensor-sym-A-fp8-tensor-sym-dynamic-Auto").with_library(library), LIBRARIES[library]
+    assert scheme.weight is not None
+    packed = adapter.prepare(scheme, quantize_leaves(torch.randn(16, 256), scheme.weight))
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(3, 256, dtype=dtype)
+        x[1, 5] = fault
+        assert not adapter.linear(scheme, x, packed, None).isfinite().any()
 
 
 @pytest.mark.parametrize("library", ["dequantize", "reference"])

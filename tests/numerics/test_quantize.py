@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightx2v.quant.numerics import (
+    ANGELSLIM,
     FP8_MAX,
     INT8_MAX,
     WEIGHT_MIN_AMAX,
     dequantize_weight,
     quantize_activation,
     quantize_weight,
+    quantize_whole_bfloat16,
     rounding_of,
 )
 from lightx2v.quant.spec import (
@@ -151,3 +153,16 @@ def test_a_fault_in_a_row_shows_in_its_scale_alone(spec: QSpec, fault: float) ->
     x[0, 3] = fault
     scale = quantize_activation(x, spec).scale
     assert not scale[0].isfinite().any() and scale[1].isfinite().all()
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-38, 1e-10, FP16_TINY, 1.0, 1e38])
+def test_a_whole_tensor_in_bfloat16_rounds_multiplier_and_products_to_it(magnitude: float) -> None:
+    """angelslim's fp8_per_tensor_quant, in float64 with each rounding to bfloat16 written out."""
+    x = values(7, 131, magnitude, seed=3).bfloat16()
+    codes, scale = quantize_whole_bfloat16(x, ANGELSLIM)
+    amax = x.double().abs().max().clamp(min=1e-12).bfloat16().double()
+    multiplier = ((1 / amax).bfloat16().double() * FP8_MAX).bfloat16().double()
+    scaled = (x.double() * multiplier).bfloat16().clamp(-FP8_MAX, FP8_MAX)
+    assert torch.equal(codes.float(), scaled.to(torch.float8_e4m3fn).float())
+    assert scale.shape == (1,) and scale.item() == pytest.approx(1 / multiplier.item(), rel=1e-7)
+    assert codes.float().isfinite().all() and scale.isfinite().all() and scale > 0

@@ -48,7 +48,8 @@ def test_every_name_is_served_or_has_its_reason(name: str) -> None:
         assert f"{scheme.library}: " in str(error)
         assert len(unavailable(scheme.library, scheme, 256, 128, CPU) or "") > 10
     else:
-        assert layer.library in ("torch", "onednn", "torch_native", "outliers", "dequantize", "reference")
+        allowed = ("torch", "onednn", "torch_native", "outliers", "dequantize", "reference", "angelslim")
+        assert layer.library in allowed
         assert layer.scheme.numerics == scheme.numerics and layer.reason
 
 

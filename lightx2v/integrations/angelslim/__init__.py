@@ -1,0 +1,1 @@
+"""AngelSlim's quantization of diffusion transformers: https://github.com/Tencent/AngelSlim."""
