@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightx2v.quant.blocks import by_rows
 from lightx2v.quant.integers import integer_scales
 
 _SHRINKS = 20
 """Steps of the search for a smaller range, down to half of it."""
-_SLAB_VALUES = 1 << 22
 
 
 class Scales(NamedTuple):
@@ -129,19 +129,27 @@ def group_rows(weight: Tensor, size: int) -> Tensor:
     return F.pad(weight.float(), (0, -weight.shape[1] % width)).reshape(-1, width)
 
 
+def by_groups(weight: Tensor, size: int, solve: Callable[[Tensor], tuple[Tensor, Scales]]) -> Groups:
+    """Codes [R, size] and scales [R, 1] that `solve` finds for groups [R, size], put together for a weight [N, K]."""
+    k = weight.shape[1]
+
+    def make(slab: Tensor) -> tuple[Tensor, ...]:
+        codes, scales = solve(group_rows(slab, size))
+        scale = [part.view(len(slab), -1) for part in scales if part is not None]
+        return (codes.view(len(slab), -1)[:, :k], *scale)
+
+    codes, scale, *zero = by_rows(weight, make)
+    return Groups(codes, scale, zero[0] if zero else None)
+
+
 def nearest(weight: Tensor, grid: Grid) -> Groups:
     """A weight [N, K] of any float dtype, every value by itself rounded to the grid."""
-    k = weight.shape[1]
-    parts = []
-    for slab in weight.split(max(1, _SLAB_VALUES // k)):
-        rows = group_rows(slab, grid.size)
+
+    def solve(rows: Tensor) -> tuple[Tensor, Scales]:
         scales = grid.fit(rows)
-        codes = grid.encode(rows, scales).view(len(slab), -1)[:, :k]
-        zero = None if scales.zero is None else scales.zero.view(len(slab), -1)
-        parts.append(Groups(codes, scales.scale.view(len(slab), -1), zero))
-    zeros = [part.zero for part in parts if part.zero is not None]
-    scale = torch.cat([part.scale for part in parts])
-    return Groups(torch.cat([part.codes for part in parts]), scale, torch.cat(zeros) if zeros else None)
+        return grid.encode(rows, scales), scales
+
+    return by_groups(weight, grid.size, solve)
 
 
 def dequantize(groups: Groups, grid: Grid) -> Tensor:
@@ -155,4 +163,11 @@ def dequantize(groups: Groups, grid: Grid) -> Tensor:
 
 def fake_quantize(weight: Tensor, grid: Grid) -> Tensor:
     """What `nearest` makes of a weight [N, K], as float32 values; of activations [M, K] as well."""
-    return dequantize(nearest(weight, grid), grid)
+    k = weight.shape[1]
+
+    def make(slab: Tensor) -> tuple[Tensor, ...]:
+        rows = group_rows(slab, grid.size)
+        scales = grid.fit(rows)
+        return (grid.decode(grid.encode(rows, scales), scales).view(len(slab), -1)[:, :k],)
+
+    return by_rows(weight, make)[0]

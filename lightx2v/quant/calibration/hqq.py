@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightx2v.quant.calibration.grids import Groups, IntegerGrid, Scales, group_rows
+from lightx2v.quant.calibration.grids import Groups, IntegerGrid, Scales, by_groups
 
-_SLAB_VALUES = 1 << 22
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def hqq(
@@ -31,17 +31,13 @@ def hqq(
     shrunk, E' = sign(E) max(|E| - |E|^(p-1) / beta, 0), and what the next zero point, mean(code - (W - E') / scale),
     makes up for; beta grows by `kappa`.
     """
-    k = weight.shape[1]
     grid = IntegerGrid(bits, size, symmetric=False)
-    parts = []
-    for slab in weight.split(max(1, _SLAB_VALUES // k)):
-        rows = group_rows(slab, size)
+
+    def solve(rows: Tensor) -> tuple[Tensor, Scales]:
         scales = _zero_points(rows, grid, p, beta, kappa, iterations)
-        assert scales.zero is not None
-        codes = grid.encode(rows, scales).view(len(slab), -1)[:, :k]
-        parts.append((codes, scales.scale.view(len(slab), -1), scales.zero.view(len(slab), -1)))
-    codes, scale, zero = (torch.cat(same) for same in zip(*parts, strict=True))
-    return Groups(codes, scale, zero)
+        return grid.encode(rows, scales), scales
+
+    return by_groups(weight, size, solve)
 
 
 def _zero_points(rows: Tensor, grid: IntegerGrid, p: float, beta: float, kappa: float, iterations: int) -> Scales:
@@ -54,13 +50,13 @@ def _zero_points(rows: Tensor, grid: IntegerGrid, p: float, beta: float, kappa: 
         codes = grid.encode(rows, tried)
         error = rows - grid.decode(codes, tried)
         size = error.abs()
-        norm = size.pow(p).mean(dim=1, keepdim=True)
+        powered = size.pow(p)
+        norm = powered.mean(dim=1, keepdim=True)
         better = norm < least
         best, least = torch.where(better, zero, best), torch.minimum(norm, least)
         if step == iterations:
             break
-        # 0^(p-1) is inf, and what is shrunk by it is 0.
-        shrunk = error.sign() * (size - size.pow(p - 1) / beta).clamp_(min=0)
+        shrunk = error.sign() * (size - powered / size.clamp(min=_SMALLEST) / beta).clamp_(min=0)
         zero = (codes.float() - (rows - shrunk) / scale).mean(dim=1, keepdim=True)
         beta *= kappa
     return Scales(scale, best)
