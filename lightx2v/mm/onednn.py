@@ -2,7 +2,7 @@
 
 The compiled kernels of `lightx2v.native` quantize, multiply and rescale a block of rows at a time. int8 codes are
 summed exactly; e4m3 codes are multiplied as the bfloat16 numbers that they are, so a weight keeps one byte. Where there
-is no compiler, int8 goes through torch's quantized linear of oneDNN.
+is no compiler, int8 goes through torch's quantized linear of oneDNN. `onednn_weights` has the weight-only schemes.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightx2v.mm import onednn_weights
 from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, lacks
-from lightx2v.mm.reference import SCHEMES
+from lightx2v.mm.reference import SCHEMES, held_code_bytes
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.torch_int8 import OneDnn
 from lightx2v.native import ops
@@ -60,7 +61,7 @@ class OneDnnLibrary(TorchQuantize):
     """oneDNN on CPUs, with the compiled kernels around it where there is a compiler."""
 
     name = "onednn"
-    caps = Caps(SCHEMES, exact=frozenset({"int8"}), rtol=2.0**-16)
+    caps = Caps(SCHEMES | onednn_weights.SCHEMES, exact=frozenset({"int8"}), rtol=2.0**-16)
 
     def __init__(self) -> None:
         self._qlinear = OneDnn()
@@ -70,6 +71,8 @@ class OneDnnLibrary(TorchQuantize):
 
     def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
         reason = lacks(self.caps, scheme, n, k, device)
+        if reason is None and scheme.activation is None and scheme.weight is not None:
+            return onednn_weights.refuses(scheme.weight)
         if reason is None and (missing := self._without_kernel(scheme)):
             reason = self._qlinear.supports(torch.device("cpu")) if scheme.weight == INT8_CHANNEL else missing
         return reason
@@ -79,15 +82,19 @@ class OneDnnLibrary(TorchQuantize):
         return kernels().lacks("int8" if scheme.weight == INT8_CHANNEL else "bfloat16")
 
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
+        if scheme.activation is None:
+            return "compiled kernel around oneDNN, codes of weights multiplied in bfloat16"
         if missing := self._without_kernel(scheme):
             return f"oneDNN's quantized linear of torch ({missing})"
         words = "int8" if scheme.weight == INT8_CHANNEL else "fp8 codes multiplied in bfloat16"
         return f"compiled kernel around oneDNN, {words}"
 
-    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> int:
-        return 1
+    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
+        return held_code_bytes(scheme)
 
     def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
+        if scheme.activation is None and scheme.weight is not None:
+            return onednn_weights.prepare(scheme.weight, leaves)
         if self._without_kernel(scheme):
             return self._qlinear.pack(leaves)
         layout, codes, scale = _LAYOUTS[scheme.weight], leaves["weight"], leaves["weight_scale"]
@@ -100,19 +107,28 @@ class OneDnnLibrary(TorchQuantize):
         return packed
 
     def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
+        if scheme.activation is None and scheme.weight is not None:
+            return onednn_weights.unpack(scheme.weight, packed)
         if packed.method == self._qlinear.name:
             return self._qlinear.unpack(packed)
         codes = unpack_panels(packed.weight, packed.n, packed.k)
         dtype = torch.int8 if packed.method == "int8" else torch.float8_e4m3fn
         return {"weight": codes.view(dtype), "weight_scale": packed.scale}
 
+    def quantize(self, scheme: Scheme, x: Tensor, packed: Packed) -> Quantized:
+        """Codes and scales; x itself where weights alone are quantized."""
+        return Quantized(x, x.new_ones(1)) if scheme.activation is None else super().quantize(scheme, x, packed)
+
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        if scheme.activation is None:
+            return onednn_weights.linear(scheme, x.codes, packed, bias, False).to(out_dtype)
         if packed.method == self._qlinear.name:
             return self._qlinear.gemm(x, packed, bias, out_dtype)
         return _kernel(x.codes, x.scale.contiguous(), packed, bias).to(out_dtype)
 
     def linear(self, scheme: Scheme, x: Tensor, packed: Packed, bias: Tensor | None, gelu: bool = False) -> Tensor:
-        assert scheme.activation is not None
+        if scheme.activation is None:
+            return onednn_weights.linear(scheme, x, packed, bias, gelu)
         # The kernels round as NATIVE says; other libraries' rounding is done before.
         if packed.method == self._qlinear.name or rounding_of(scheme.act_library, scheme.activation) != NATIVE:
             return super().linear(scheme, x, packed, bias, gelu)

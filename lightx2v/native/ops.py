@@ -24,6 +24,10 @@ _SIGNATURES: dict[str, tuple[list[Any], Any]] = {
     "lx_linear_int8": ([*_LINEAR, *[_POINTER] * 4], ctypes.c_bool),
     "lx_linear_fp8": ([*_LINEAR, *[_POINTER] * 3], ctypes.c_bool),
     "lx_linear_fp8_block": ([*_LINEAR, *[_POINTER] * 3], ctypes.c_bool),
+    "lx_linear_weight_only": (
+        [_POINTER, _SIZE, _POINTER, *[_SIZE] * 4, _FLAG, _FLAG, *[_POINTER] * 4, _SIZE, _FLAG],
+        ctypes.c_bool,
+    ),
     "lx_attention": ([*[_POINTER] * 7, *[_SIZE] * 5, _FLOAT], ctypes.c_bool),
     "lx_layer_norm": ([*[_POINTER] * 4, *[_SIZE] * 4, _FLOAT, _FLAG], None),
     "lx_rms_rope": ([_POINTER, _SIZE, *[_POINTER] * 4, *[_SIZE] * 5, _FLOAT, _FLAG], None),
@@ -101,6 +105,37 @@ def linear(
     )
     if not worked:
         raise RuntimeError("oneDNN refused a product of codes")
+    return y
+
+
+@_operator(lambda bits, x, n, *_: x.new_empty(x.shape[0], n))
+def weight_only(
+    bits: int,
+    x: Tensor,
+    n: int,
+    k: int,
+    weight: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    group: int,
+    bias: Tensor | None,
+    gelu: bool,
+) -> Tensor:
+    """x [M, k] times a weight packed by `mm.onednn_weights`: [M, n] in the dtype of x. float32 x keeps 16 bits of each.
+
+    `weight` uint8 [panels, K/2, bytes] has codes of 8, 4 or 2 `bits`, or e4m3 (0). `scale` and `zero` are float32
+    [panels, groups, 64] for groups of `group` input channels, `scale` [n] and `zero` [panels, 1, 64] for whole rows
+    (0); bias is float32 [n]. `gelu` adds a GELU (tanh) at the end. Raises RuntimeError when oneDNN refuses.
+    """
+    x = _dense_rows(x)
+    y = x.new_empty(x.shape[0], n)
+    sizes = (x.shape[0], n, k, weight.shape[1] * 2)
+    worked = _kernel("lx_linear_weight_only")(
+        *(_at(x), x.stride(0), _at(y), *sizes, x.dtype == torch.float32, gelu),
+        *(*map(_at, (bias, scale, weight, zero)), group, bits),
+    )
+    if not worked:
+        raise RuntimeError("oneDNN refused a product of a weight's codes")
     return y
 
 
