@@ -14,6 +14,7 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lightx2v import platform
+from lightx2v.attention.scales import hold_scales
 from lightx2v.families.base import PartSource
 from lightx2v.features.compile import compile_blocks
 from lightx2v.features.graphs import Graphs
@@ -51,7 +52,9 @@ def load_dit(plan: Plan) -> LoadedDiT:
     plain = CheckpointSource(family.open(part.checkpoint), family.original_name, family.is_unused, part.read_raw())
     source = LoraSource(plain, plan.loras, device)
     loras = Loras(source, dtype, uniform=config.compile or config.graphs)
-    model = empty_dit(family, plan.files.arch, part.by_name(), dtype, part.auto_quant)
+    arch = plan.files.arch
+    model = empty_dit(family, arch, part.by_name(), dtype, part.auto_quant)
+    hold_scales(model, cast(Any, model).attention_parts(), source.names, arch.num_heads, arch.head_dim)
     offloaded = None
     if plan.offload.settings.enabled:
         offloaded = load_offloaded(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
 
 from lightx2v.errors import ConfigError, suggestion
 from lightx2v.platform import install_hint, probe
@@ -74,6 +74,9 @@ class Backend:
     """Fewest query tokens that it takes."""
     for_grid: Callable[[Grid], AttentionFn] | None = None
     """The function for video tokens on a grid, where the backend must know it; `fn` raises then."""
+    for_module: Callable[[Any, str], AttentionFn] | None = None
+    """The function of one attention, by the module and attribute that hold it, where the backend computes with scales
+    that the checkpoint has for it (`attention.scales`); `fn` raises then."""
     repository: str | None = None
     """Where its kernel is downloaded from, on first use."""
     load: Callable[[], object] | None = None
@@ -138,6 +141,19 @@ ATTENTION.add("fp8_block_ref", "lightx2v.attention.quantized:FP8_BLOCK")
 ATTENTION.add("fp8_block_ref_unsmoothed", "lightx2v.attention.quantized:FP8_BLOCK_UNSMOOTHED")
 ATTENTION.add("fp8_ref", "lightx2v.attention.quantized:FP8_HEAD")
 ATTENTION.add("fp8_ref_unsmoothed", "lightx2v.attention.quantized:FP8_HEAD_UNSMOOTHED")
+ATTENTION.add("fa3_int8_static_ref", "lightx2v.attention.fa3:INT8_STATIC")
+ATTENTION.add("fa3_int8_ref", "lightx2v.attention.fa3:INT8")
+ATTENTION.add("fa3_int8_ref_unsmoothed", "lightx2v.attention.fa3:INT8_UNSMOOTHED")
+ATTENTION.add("fa3_int8_ref_rotated", "lightx2v.attention.fa3:INT8_ROTATED")
+ATTENTION.add("fa3_int8_ref_rotated_unsmoothed", "lightx2v.attention.fa3:INT8_ROTATED_UNSMOOTHED")
+ATTENTION.add("fa3_fp8_ref", "lightx2v.attention.fa3:FP8")
+ATTENTION.add("fa3_fp8_ref_unsmoothed", "lightx2v.attention.fa3:FP8_UNSMOOTHED")
+ATTENTION.add("fa3_fp8_ref_rotated", "lightx2v.attention.fa3:FP8_ROTATED")
+ATTENTION.add("fa3_fp8_ref_rotated_unsmoothed", "lightx2v.attention.fa3:FP8_ROTATED_UNSMOOTHED")
+ATTENTION.add("fa3_mxfp4_ref", "lightx2v.attention.fa3:MXFP4")
+ATTENTION.add("fa3_mxfp4_ref_unsmoothed", "lightx2v.attention.fa3:MXFP4_UNSMOOTHED")
+ATTENTION.add("fa3_mxfp4_ref_rotated", "lightx2v.attention.fa3:MXFP4_ROTATED")
+ATTENTION.add("fa3_mxfp4_ref_rotated_unsmoothed", "lightx2v.attention.fa3:MXFP4_ROTATED_UNSMOOTHED")
 
 AUTO_ORDER = ("flash_attn3", "flash_attn4", "flash_attn2", "cpu_flash", "torch_sdpa")
 

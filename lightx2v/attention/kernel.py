@@ -30,14 +30,21 @@ def maskless(name: str) -> Callable[[Kernel], AttentionFn]:
         def attend(
             q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
         ) -> Tensor:
-            scale = q.shape[-1] ** -0.5 if scale is None else scale
-            if mask is None:
-                return run(q, k, v, scale)
-            return _with_keys(run, q, k, v, scale, kept_keys(name, mask, k.shape[0]))
+            return without_masked(name, run, q, k, v, mask, scale)
 
         return attend
 
     return wrap
+
+
+def without_masked(
+    name: str, run: Kernel, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None
+) -> Tensor:
+    """What `run` gives without the keys that `mask` leaves out, for backend `name`: what `maskless` calls."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if mask is None:
+        return run(q, k, v, scale)
+    return _with_keys(run, q, k, v, scale, kept_keys(name, mask, k.shape[0]))
 
 
 def as_operator(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:

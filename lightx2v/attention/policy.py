@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,6 +13,8 @@ from lightx2v.attention.base import ANYTHING, ATTENTION, AttentionFn, Backend, G
 from lightx2v.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from lightx2v.config.features import AttentionConfig
     from lightx2v.platform import DeviceInfo
 
@@ -66,10 +68,17 @@ class AttentionPolicy:
         """Whether nothing but rounding sets the result apart from `torch_sdpa`'s."""
         return all(backend.exact for backend in self.backends.values())
 
-    def function(self, name: str, grid: Grid | None = None) -> AttentionFn:
-        """The function of a backend for video tokens on `grid`."""
-        for_grid = ATTENTION[name].for_grid
-        return self.functions[name] if for_grid is None or grid is None else for_grid(grid)
+    def function(self, name: str, part: ModelPart, grid: Grid | None = None) -> AttentionFn:
+        """The function of a backend for one attention of a model, of video tokens on `grid`."""
+        backend = ATTENTION[name]
+        if backend.for_module is not None:
+            return backend.for_module(part.module, part.name)
+        return self.functions[name] if backend.for_grid is None or grid is None else backend.for_grid(grid)
+
+    def static_slots(self) -> dict[Slot, str]:
+        """The attentions that read scales of the checkpoint at some step, each with its backend."""
+        reading = {name for name, backend in self.backends.items() if backend.for_module is not None}
+        return {slot: name for table in self.tables for slot, name in table.items() if name in reading}
 
     def load(self) -> None:
         """Fetch the kernels that are downloaded on first use. Raises LightX2VError."""
@@ -223,6 +232,19 @@ def _scope(rule: Any) -> str:
     return ", ".join(scope) or "everything"
 
 
+class Watched:
+    """An attention function that is looked at: it stays where it is while the function behind it is exchanged."""
+
+    def __init__(self, function: AttentionFn, see: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+        self.function, self.see = function, see
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, scale: float | None = None
+    ) -> Tensor:
+        self.see(q, k, v)
+        return self.function(q, k, v, mask=mask, scale=scale)
+
+
 class PolicySwitch:
     """Puts a policy's functions into a model, step by step."""
 
@@ -239,9 +261,11 @@ class PolicySwitch:
         if now == self._now:
             return
         table = self._policy.at(step)
-        functions = {name: self._policy.function(name, grid) for name in set(table.values())}
         for part in self._parts:
-            function = functions[table[part.layer, part.part]]
-            if getattr(part.module, part.name) is not function:
+            function = self._policy.function(table[part.layer, part.part], part, grid)
+            held = getattr(part.module, part.name)
+            if isinstance(held, Watched):
+                held.function = function
+            elif held is not function:
                 setattr(part.module, part.name, function)
         self._now = now

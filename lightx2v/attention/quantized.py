@@ -91,6 +91,14 @@ def _attend(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Te
         v = codes.float() * per_channel
     else:
         v = _codes(v, recipe.values, KEYS if recipe.blocks else None)
+    return online(q, k, v, scale, recipe.values, most).transpose(1, 2).to(dtype)
+
+
+def online(q: Tensor, k: Tensor, v: Tensor, scale: float, weights_dtype: torch.dtype, most: float) -> Tensor:
+    """Attention of float32 q [B, H, L, Dh] to k and v [B, H, S, Dh] by the online softmax over blocks of keys.
+
+    The weights of a block, relative to the maximum so far, are multiplied by `most` and rounded to `weights_dtype`.
+    """
     highest = torch.full_like(q[..., :1], float("-inf"))
     total, sums = torch.zeros_like(highest), torch.zeros_like(q)
     for start in range(0, k.shape[2], KEYS):
@@ -99,9 +107,10 @@ def _attend(recipe: Recipe, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Te
         weights = (scores - highest).exp_()
         correction = (before - highest).exp_()
         total = total * correction + weights.sum(dim=3, keepdim=True)
-        weights = (weights * most).to(recipe.values).float()
+        weights = weights * most
+        weights = (weights if weights_dtype.is_floating_point else weights.round_()).to(weights_dtype).float()
         sums = sums * correction + weights @ v[:, :, start : start + KEYS]
-    return (sums / (total * most)).transpose(1, 2).to(dtype)
+    return sums / (total * most)
 
 
 def _backend(name: str, recipe: Recipe) -> Backend:
@@ -112,12 +121,12 @@ def _backend(name: str, recipe: Recipe) -> Backend:
 
 
 _FP8 = torch.float8_e4m3fn
-_FLASH = 256.0
+FLASH_MOST = 256.0
 """The largest power of two below 448: FlashAttention-3 adds its exponent to the scores."""
 INT8_FP8 = _backend("sage_ref_int8_fp8", Recipe(torch.int8, _FP8))
 INT8_FP8_UNSMOOTHED = _backend("sage_ref_int8_fp8_unsmoothed", Recipe(torch.int8, _FP8, smooth=False))
 INT8_FP16 = _backend("sage_ref_int8_fp16", Recipe(torch.int8, torch.float16))
-FP8_HEAD = _backend("fp8_ref", Recipe(_FP8, _FP8, blocks=False, most=_FLASH))
-FP8_HEAD_UNSMOOTHED = _backend("fp8_ref_unsmoothed", Recipe(_FP8, _FP8, blocks=False, smooth=False, most=_FLASH))
-FP8_BLOCK = _backend("fp8_block_ref", Recipe(_FP8, _FP8, most=_FLASH))
-FP8_BLOCK_UNSMOOTHED = _backend("fp8_block_ref_unsmoothed", Recipe(_FP8, _FP8, smooth=False, most=_FLASH))
+FP8_HEAD = _backend("fp8_ref", Recipe(_FP8, _FP8, blocks=False, most=FLASH_MOST))
+FP8_HEAD_UNSMOOTHED = _backend("fp8_ref_unsmoothed", Recipe(_FP8, _FP8, blocks=False, smooth=False, most=FLASH_MOST))
+FP8_BLOCK = _backend("fp8_block_ref", Recipe(_FP8, _FP8, most=FLASH_MOST))
+FP8_BLOCK_UNSMOOTHED = _backend("fp8_block_ref_unsmoothed", Recipe(_FP8, _FP8, smooth=False, most=FLASH_MOST))

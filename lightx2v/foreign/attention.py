@@ -37,6 +37,12 @@ def plan_attention(config: Config, device: DeviceInfo, steps: int) -> AttentionP
     for name, backend in policy.backends.items():
         if backend.for_grid is not None or backend.self_only:
             raise ConfigError("attention", f"'{name}' must know which tokens are the video's", do="name another one")
+        if backend.for_module is not None:
+            raise ConfigError(
+                "attention",
+                f"'{name}' reads scales of each attention, and which of a diffusers pipeline calls is not known",
+                do="name one that finds its scales at each call, such as fa3_int8_ref",
+            )
     return policy
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lightx2v.errors import CheckpointError, ConfigError, suggestion
+from lightx2v.models.fold import Foldable
 from lightx2v.registry import Registry
 
 if TYPE_CHECKING:
@@ -71,6 +72,8 @@ class FamilySpec:
     """The `families.base.Family`: what surrounds the DiT."""
     embedded_guidance: bool = False
     """Whether the DiT takes the guidance scale as an input; classifier-free guidance is then off by default."""
+    foldable: tuple[Foldable, ...] = ()
+    """Where multipliers of linears' inputs can go; the first that fits a model counts."""
     variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Run settings in place of `defaults` for the models that `files.variant` tells apart."""
     translate: str | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from lightx2v.attention.policy import AttentionPolicy
+from lightx2v.attention.scales import check_scales, child_of, named_parts
 from lightx2v.config.schema import Config
 from lightx2v.errors import CheckpointError
 from lightx2v.features.once import once_names
@@ -85,3 +87,17 @@ def plan_dit(module: nn.Module, config: Config, family: FamilySpec, files: Any, 
         dtype_bytes=DTYPE_BYTES[config.dtype],
         once=once_names(module),
     )
+
+
+def check_attention(
+    module: nn.Module, policy: AttentionPolicy, family: FamilySpec, planned: ComponentPlan, heads: int
+) -> None:
+    """Raise CheckpointError where an attention of `module` is to read scales that its checkpoint does not have."""
+    if not (static := policy.static_slots()):
+        return
+    parts = [part for part in cast(Any, module).attention_parts() if (part.layer, part.part) in static]
+    holders = [f"{name}.{child_of(attribute)}" for name, attribute in named_parts(module, parts)]
+    needed = {holder: static[part.layer, part.part] for holder, part in zip(holders, parts, strict=True)}
+    tensors = family.open(planned.checkpoint).tensors
+    shapes = {family.original_name(name): info.shape for name, info in tensors.items()}
+    check_scales(str(planned.checkpoint), needed, shapes, heads)

@@ -18,7 +18,7 @@ from lightx2v.io.media import check_result_path, read_image
 from lightx2v.mm.together import CPU_ROWS
 from lightx2v.models.spec import FAMILIES, FamilySpec
 from lightx2v.plan.conflicts import check_together
-from lightx2v.plan.dit import plan_dit
+from lightx2v.plan.dit import check_attention, plan_dit
 from lightx2v.plan.encoders import plan_encoder
 from lightx2v.plan.features import check_compilers, place_weights, plan_cache, plan_lora
 from lightx2v.plan.layers import FLOAT_DTYPES, ComponentPlan
@@ -113,6 +113,7 @@ def resolve(config: Config, device: DeviceInfo) -> Plan:
     check_compilers(config, device, components["dit"])
     slots = tuple((part.layer, part.part) for part in module.attention_parts())
     attention = plan_attention(config, device, slots, request, family, files.arch)
+    check_attention(module, attention, family, components["dit"], files.arch.num_heads)
     plan_sampler(config, family, files, request)
     cache = plan_cache(module, config, family, files, request)
     loras = plan_lora(module, config, family, components["dit"])

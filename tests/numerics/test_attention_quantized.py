@@ -39,7 +39,7 @@ def error(name: str, q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
 
 
 def test_every_reference_has_a_bound() -> None:
-    assert set(BOUNDS) == {name for name in ATTENTION if "_ref" in name}
+    assert set(BOUNDS) == {name for name in ATTENTION if "_ref" in name and not name.startswith("fa3")}
     assert not any(ATTENTION[name].exact for name in BOUNDS)
 
 

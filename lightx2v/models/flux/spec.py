@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from lightx2v.models.fold import Foldable
 from lightx2v.models.spec import Defaults, FamilySpec
 
 _DEV = Defaults(steps=28, shift=None, guidance=3.5, solver="euler", height=1024, width=1024, frames=1, fps=1)
+
+_FOLDABLE = (
+    *(
+        Foldable("modulation", (f"double_blocks.*.{of}_{layer}",), (f"double_blocks.*.{of}_mod.lin",), shift, scale)
+        for of in ("img", "txt")
+        for layer, shift, scale in (("attn.qkv", 0, 1), ("mlp.0", 3, 4))
+    ),
+    Foldable("modulation", ("single_blocks.*.linear1",), ("single_blocks.*.modulation.lin",), 0, 1),
+    Foldable(
+        "rows",
+        ("double_blocks.*.img_attn.proj", "double_blocks.*.txt_attn.proj"),
+        ("double_blocks.*.img_attn.qkv", "double_blocks.*.txt_attn.qkv"),
+        chunk=2,
+    ),
+)
+"""One attention mixes the values of both streams, whose projections afterwards share a multiplier therefore."""
 
 FLUX = FamilySpec(
     name="flux",
@@ -27,4 +44,5 @@ FLUX = FamilySpec(
     family="lightx2v.families.flux:FLUX",
     translate="lightx2v.models.flux.checkpoint:translate",
     embedded_guidance=True,
+    foldable=_FOLDABLE,
 )

@@ -5,9 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from lightx2v.models.fold import Foldable
 from lightx2v.models.spec import Defaults, FamilySpec
 
 _SIZE: dict[str, Any] = {"height": 480, "width": 832, "frames": 81, "fps": 16}
+
+_FOLDABLE = (
+    Foldable("norm", ("blocks.*.cross_attn.q",), ("blocks.*.norm3",)),
+    Foldable("rows", ("blocks.*.self_attn.o",), ("blocks.*.self_attn.v",)),
+    Foldable("rows", ("blocks.*.cross_attn.o",), ("blocks.*.cross_attn.v", "blocks.*.cross_attn.v_img")),
+    Foldable("rows", ("blocks.*.cross_attn.o",), ("blocks.*.cross_attn.v",)),
+)
+"""Not self-attention and feed-forward: the norms before them have no weights, and all blocks share the modulation."""
 
 WAN = FamilySpec(
     name="wan2.1",
@@ -25,6 +34,7 @@ WAN = FamilySpec(
     layout="lightx2v.models.wan.layout:detect",
     keymap="lightx2v.models.wan.keymap",
     family="lightx2v.families.wan:WAN",
+    foldable=_FOLDABLE,
 )
 
 _FOUR_STEPS = Defaults(steps=4, shift=5.0, guidance=1.0, solver="euler", step_list=(1000, 750, 500, 250), **_SIZE)
