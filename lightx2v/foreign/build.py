@@ -13,6 +13,8 @@ from torch.overrides import TorchFunctionMode
 
 from lightx2v.errors import LightX2VError
 from lightx2v.foreign.index import ModelPart
+from lightx2v.io.dialects.base import Wanted
+from lightx2v.io.dialects.open import open_any
 from lightx2v.io.source import CheckpointSource
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.mm.linear import build_linear, swap_linears
@@ -47,7 +49,7 @@ def load_denoiser(part: ModelPart, plan: ComponentPlan, device: torch.device, dt
     """
     model = empty_model(part, dtype)
     swap_linears(model, plan.by_name(), dtype, plan.auto_quant)
-    checkpoint = Checkpoint.open(plan.checkpoint)
+    checkpoint = open_any(plan.checkpoint, Wanted(plan.by_name().__contains__))
     unused = set(unplaced(model, checkpoint))
     if unused:
         logger.warning("{}: tensors without a place in the model: {}", plan.checkpoint, ", ".join(sorted(unused)[:10]))

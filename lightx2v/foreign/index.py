@@ -92,7 +92,7 @@ def read_pipeline(model_path: str | Path) -> PipelineFiles:
             str(root), f"'{cls.__name__}' has no transformer or UNet here", allowed=f"it has {', '.join(parts)}"
         )
     encoders = tuple(part for name, part in models.items() if name.startswith("text_encoder"))
-    for part in (*denoisers, *encoders):
+    for part in encoders:
         _refuse_quantized(part)
     found = [weights_in(folder) for folder in (*(part.folder for part in models.values()), *others.values())]
     variants = {variant for _, variant in filter(None, found) if variant}
@@ -106,9 +106,7 @@ def read_model(folder: Path) -> ModelPart:
     config = read_json(folder / "config.json")
     if "_class_name" not in config:
         raise CheckpointError(str(folder), "is no model of diffusers", do="give a folder transformer or unet")
-    part = ModelPart(folder.name, _class("diffusers", config["_class_name"], folder), folder, config)
-    _refuse_quantized(part)
-    return part
+    return ModelPart(folder.name, _class("diffusers", config["_class_name"], folder), folder, config)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -170,7 +168,7 @@ def _class(library: str, name: object, root: Path) -> type[Any]:
 
 
 def _refuse_quantized(part: ModelPart) -> None:
-    """Weights that another library has quantized are not ours to read."""
+    """Text encoders are loaded by transformers, without the libraries that have quantized them."""
     described = part.config.get("quantization_config")
     if described:
         method = described.get("quant_method", "another library") if isinstance(described, dict) else described

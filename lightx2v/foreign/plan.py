@@ -19,6 +19,8 @@ from lightx2v.foreign.build import empty_model, unplaced
 from lightx2v.foreign.caches import CacheChoice, choose_cache
 from lightx2v.foreign.index import ModelPart, PipelineFiles, read_json, read_pipeline, weights_in
 from lightx2v.foreign.layers import quantizable
+from lightx2v.io.dialects.base import Wanted
+from lightx2v.io.dialects.open import open_any
 from lightx2v.io.dtypes import DTYPE_BYTES, FLOAT_NAMES, HEADER_NAMES
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.media import check_result_path
@@ -148,9 +150,9 @@ def _plan_denoiser(part: ModelPart, model: torch.nn.Module, config: Config, devi
     if config.dit_quantized_ckpt is not None:
         path = Path(config.dit_quantized_ckpt)
         path = path / part.name if (path / part.name).is_dir() else path
-    checkpoint = Checkpoint.open(path)
-    check_dit_tensors(model, checkpoint, lambda name: name, str(path))
     shapes = quantizable(model)
+    checkpoint = open_any(path, Wanted(shapes.__contains__))
+    check_dit_tensors(model, checkpoint, lambda name: name, str(path))
     planned = plan_component(
         part.name,
         checkpoint,

@@ -39,6 +39,7 @@ class _Absent:
 
 
 _ABSENT: dict[str, _Absent] = {
+    "torchao_affine": _Absent(needs="another library to multiply: it is a rounding of inputs (-ActTorchaoAffine)"),
     "triton": _Absent("triton"),
     "marlin": _Absent("marlin", pip=False),
     "lightx2v_kernel": _Absent("lightx2v_kernel", pip=False, needs="compute capability 12.0"),

@@ -47,8 +47,9 @@ class Outliers:
         return self._product.unpack(packed)
 
     def quantize(self, scheme: Scheme, x: Tensor, packed: Packed) -> Quantized:
-        """Codes of the columns without outliers; those of the others are 0."""
-        return quantize_activation(x.masked_fill(self._outlying(scheme, x), 0), INT8_TOKEN)
+        """Codes of the columns without outliers, rounded to float16 first as bitsandbytes does; the others' are 0."""
+        inside = x.masked_fill(self._outlying(scheme, x), 0)
+        return quantize_activation(inside.to(torch.float16), INT8_TOKEN)
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """The int8 part alone."""
@@ -70,7 +71,7 @@ class Outliers:
 
     def _outlying(self, scheme: Scheme, x: Tensor) -> Tensor:
         assert scheme.activation is not None
-        return x.abs().amax(dim=0) > scheme.activation.outliers
+        return x.abs().amax(dim=0) >= scheme.activation.outliers
 
 
 LIBRARY = Outliers()

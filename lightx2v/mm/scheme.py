@@ -90,6 +90,7 @@ LIBRARY_TOKENS: dict[str, tuple[str, str]] = {
     "q8f": ("Q8F", "q8f"),
     "deepgemm": ("Deepgemm", "deepgemm"),
     "torchao": ("Torchao", "torchao"),
+    "torchao_affine": ("TorchaoAffine", "torchao-affine"),
     "triton": ("Triton", "triton"),
     "onednn": ("Onednn", "onednn"),
     "outliers": ("Outliers", "outliers"),
@@ -171,7 +172,9 @@ _OTHER_QUANTIZERS = (
 )
 
 #: Libraries whose rounding of activations is known, which is what "-Act<Library>" asks for.
-_ACT_LIBRARIES = frozenset("vllm sgl torchao triton deepgemm onednn torch_native reference angelslim".split())
+_ACT_LIBRARIES = frozenset(
+    "vllm sgl torchao torchao_affine triton deepgemm onednn torch_native reference angelslim".split()
+)
 
 _LONG = re.compile(
     r"W-(?P<w_dtype>[a-z0-9_]+)-(?P<w_gran>tensor|channel|block\d+|group\d+)(?P<w_sym>-sym)?"

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.together import feed_forward
 
 
@@ -21,8 +22,11 @@ def timestep_embedding(timestep: Tensor, dim: int) -> Tensor:
 
 
 def dtype_of(module: nn.Module) -> torch.dtype:
-    """The dtype that `module`, none of whose layers is ever quantized, computes in."""
-    return next(module.parameters()).dtype
+    """The dtype that `module` computes in: its parameters', or the one that its quantized layers were made for."""
+    held = next(module.parameters(), None)
+    if held is not None:
+        return held.dtype
+    return next(layer.dtype for layer in module.modules() if isinstance(layer, QuantLinear))
 
 
 class Float32Linear(nn.Linear):

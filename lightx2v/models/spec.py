@@ -6,6 +6,7 @@ import importlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -95,10 +96,19 @@ class FamilySpec:
 
     def open(self, path: str | Path) -> Checkpoint:
         """The DiT's checkpoint: `original_name` gives the model's names, one to one. Raises CheckpointError."""
-        from lightx2v.io.weights import Checkpoint
+        from lightx2v.io.dialects.base import Wanted
+        from lightx2v.io.dialects.open import open_any
 
-        checkpoint = Checkpoint.open(path)
+        def quantized(layer: str) -> bool:
+            return self.quantizes(self.original_name(layer))
+
+        # A translation puts layers together.
+        checkpoint = open_any(path, Wanted(quantized, beyond=True, whole=self.translate is None))
         return checkpoint if self.translate is None else _attribute(self.translate)(checkpoint)
+
+    def quantizes(self, layer: str) -> bool:
+        """Whether `mm_type` applies to a linear layer, by its original name."""
+        return _matches(layer, self.quantized) and not _matches(layer, self.keep)
 
     def original_name(self, name: str) -> str:
         """The original name of a tensor of any layout of the family; a name that is not known is returned as it is."""
@@ -144,6 +154,10 @@ FAMILIES: Registry[FamilySpec] = Registry("model_cls", beside=("diffusers",))
 FAMILIES.add("wan2.1", "lightx2v.models.wan.spec:WAN")
 FAMILIES.add("wan2.1_distill", "lightx2v.models.wan.spec:WAN_DISTILL")
 FAMILIES.add("flux", "lightx2v.models.flux.spec:FLUX")
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def _attribute(path: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from lightx2v.attention.scales import check_scales, child_of, named_parts
 from lightx2v.config.schema import Config
 from lightx2v.errors import CheckpointError
 from lightx2v.features.once import once_names
+from lightx2v.io.declared import declared_layers
 from lightx2v.io.dtypes import DTYPE_BYTES
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
@@ -27,10 +27,17 @@ def linear_shapes(module: nn.Module, family: FamilySpec) -> dict[str, tuple[int,
     return {
         name: (layer.out_features, layer.in_features)
         for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and any(fnmatchcase(name, glob) for glob in family.quantized)
-        and not any(fnmatchcase(name, glob) for glob in family.keep)
+        if isinstance(layer, nn.Linear) and family.quantizes(name)
     }
+
+
+def _declared_shapes(
+    module: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str]
+) -> dict[str, tuple[int, int]]:
+    """The same for the linears that a file of another package quantizes, which a family would leave alone."""
+    declared = {rename(layer) for layer in declared_layers(checkpoint.metadata)}
+    modules = {name: layer for name, layer in module.named_modules() if name in declared}
+    return {n: (layer.out_features, layer.in_features) for n, layer in modules.items() if isinstance(layer, nn.Linear)}
 
 
 def check_dit_tensors(module: nn.Module, checkpoint: Checkpoint, rename: Callable[[str], str], where: str) -> None:
@@ -77,7 +84,7 @@ def plan_dit(module: nn.Module, config: Config, family: FamilySpec, files: Any, 
         "dit",
         checkpoint,
         path,
-        linear_shapes(module, family),
+        linear_shapes(module, family) | _declared_shapes(module, checkpoint, rename),
         rename=rename,
         mm_type=mm.mm_type,
         rules=mm.rules,

@@ -106,6 +106,8 @@ def stored_type(leaves: Mapping[str, TensorInfo], n: int, k: int, declared: str 
 
 def _candidates(declared: str | None, k: int) -> Iterator[str]:
     """mm_types in the order in which they are tried."""
+    if declared is not None and known_scheme(declared) is not None:
+        yield declared  # a whole mm_type
     said = known_scheme(f"{declared}-Auto") if declared else None
     if said is not None and said.activation is not None:
         yield said.name
@@ -129,7 +131,8 @@ def _stored(leaves: Mapping[str, TensorInfo]) -> dict[str, Stored]:
     }
 
 
-def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], auto_quant: bool, where: str) -> None:
+def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], fits: str, auto_quant: bool, where: str) -> None:
+    """`fits` is the mm_type that the tensors are stored for."""
     weight = leaves.get("weight")
     if weight is None:
         raise CheckpointError(
@@ -148,7 +151,7 @@ def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], auto_quant:
             raise CheckpointError(
                 where,
                 f"'{weight.name}' holds quantized weights ({weight.dtype}), mm_type '{layer.mm_type}' reads float ones",
-                do="give the file as the quantized checkpoint, with the mm_type that made it (or mm_type 'auto')",
+                do=f"give the file as the quantized checkpoint, with mm_type '{_or_auto(fits)}'",
             )
     elif gguf_kind(spec) and is_blocks:
         if weight.dtype not in GGUF:
@@ -159,9 +162,13 @@ def _check_layer(layer: LayerPlan, leaves: Mapping[str, TensorInfo], auto_quant:
         raise CheckpointError(
             where,
             f"not as mm_type '{layer.mm_type}' reads it: {_why(layer, spec, leaves)}",
-            do="use the mm_type that the file was made for, or 'auto'",
+            do=f"use mm_type '{_or_auto(fits)}'",
         )
     _check_calibrated(layer, leaves, where)
+
+
+def _or_auto(fits: str) -> str:
+    return "auto" if fits == "Default" else fits
 
 
 def _check_calibrated(layer: LayerPlan, leaves: Mapping[str, TensorInfo], where: str) -> None:
@@ -257,18 +264,20 @@ def plan_component(
             of_layers[layer_name][leaf] = info
     types, unused = match_rules(shapes, mm_type, rules)
     declared = declared_layers(checkpoint.metadata)
+    fits = {}
     for layer, (n, k) in shapes.items():
+        weight = of_layers[layer].get("weight")
+        said = declared.get(weight.name.removesuffix(".weight")) if weight is not None else None
+        fits[layer] = stored_type(of_layers[layer], n, k, said)
         if types[layer] == "auto":
-            weight = of_layers[layer].get("weight")
-            said = declared.get(weight.name.removesuffix(".weight")) if weight is not None else None
-            types[layer] = stored_type(of_layers[layer], n, k, said)
+            types[layer] = fits[layer]
     layers = tuple(
         plan_layer(layer, types[layer], parse(types[layer]), n, k, device=device, fallback=fallback)
         for layer, (n, k) in shapes.items()
     )
     if check:
         for planned in layers:
-            _check_layer(planned, of_layers[planned.name], auto_quant, str(path))
+            _check_layer(planned, of_layers[planned.name], fits[planned.name], auto_quant, str(path))
         _check_kinds(layers, of_layers, str(path))
         _check_order(layers, of_layers, str(path))
     quantized = {planned.name: planned for planned in layers if planned.scheme.weight is not None}

@@ -40,7 +40,8 @@ class Rounding:
     `by` is what a value is multiplied or divided with: "scale" x / s, "reciprocal" x * (1 / s),
     "levels" x * (levels / amax). `in_bfloat16` does scale and division in bfloat16, and `scale_in_bfloat16` rounds only
     the stored scale to it, both when x is bfloat16 alone; `scale_in_float16` computes the scale of a float16 x in
-    float16. `ties_away` rounds .5 away from zero.
+    float16. `ties_away` rounds .5 away from zero. `levels` are steps from 0 to amax, when not those of the codes:
+    codes beyond 127 are cut off.
     """
 
     by: Literal["scale", "reciprocal", "levels"]
@@ -50,6 +51,7 @@ class Rounding:
     scale_in_bfloat16: bool = False
     scale_in_float16: bool = False
     ties_away: bool = False
+    levels: float | None = None
 
 
 NATIVE = Rounding("levels")
@@ -71,6 +73,8 @@ _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
     # torchao's _quantize_activation_per_token_absmax: its eps is a lower bound of the scale
     ("torchao", "int8", "token"): Rounding("reciprocal", min_scale=1e-5, in_bfloat16=True, scale_in_float16=True),
     ("torchao", "fp8", "token"): _TORCHAO_FP8,
+    # torchao's choose_qparams_affine and quantize_affine; compressed-tensors has the same range
+    ("torchao_affine", "int8", "token"): Rounding("reciprocal", min_scale=torch.finfo(torch.float32).eps, levels=127.5),
     ("triton", "fp8", "token"): _TRITON_FP8,
     ("angelslim", "fp8", "tensor"): ANGELSLIM,
     ("deepgemm", "fp8", "group"): Rounding("levels", min_amax=1e-4),  # LightX2V's torch code for DeepGEMM
@@ -123,7 +127,7 @@ def dequantize_weight(codes: Tensor, scale: Tensor, spec: QSpec, dtype: torch.dt
 
 def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> Quantized:
     """Quantize activations [M, K]. Token: scale [M, 1]. Group: scale [M, ceil(K/size)], the last maybe of a part."""
-    levels = _levels(spec)
+    levels = rounding.levels or _levels(spec)
     if spec.granularity == "token":
         groups = x.unsqueeze(1)
     elif spec.granularity == "group":
@@ -155,6 +159,8 @@ def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> 
         scaled = _round_away(scaled) if rounding.ties_away else scaled.round_()
         if rounding.in_bfloat16:
             scaled = scaled.clamp_(-INT8_MAX, INT8_MAX)
+        if rounding.levels:
+            scaled = scaled.clamp_(-INT8_MAX - 1, INT8_MAX)
     if rounding.scale_in_bfloat16 and x.dtype == torch.bfloat16:
         scale = scale.to(torch.bfloat16)
     codes = scaled.to(CODE_DTYPES[spec.dtype]).flatten(1)

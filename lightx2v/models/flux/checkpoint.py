@@ -12,7 +12,7 @@ from lightx2v.models.flux.keymap import PREFIX, SWAPPED, is_unused, part_of, to_
 from lightx2v.quant.layouts import INPUT_LEAVES
 
 BLOCKS = ("double_blocks.", "single_blocks.")
-_JOINABLE = ("weight", "bias", "weight_scale", "scale_weight")
+_JOINABLE = ("weight", "bias", "weight_scale", "scale_weight", "weight_zero")
 
 
 def dit_names(names: Iterable[str]) -> list[str]:

@@ -21,6 +21,9 @@ KEEP = {"wan": ("time_embedder",), "flux": ()}
 
 def four_bits(kind: str, double: bool) -> Any:
     def made(linear: nn.Linear) -> nn.Module:
+        if linear.in_features % 64:
+            # With AVX512, version 0.50.2 dequantizes rows that blocks of 64 do not divide wrongly.
+            return linear
         layer = bnb.nn.Linear4bit(
             linear.in_features,
             linear.out_features,
@@ -32,6 +35,8 @@ def four_bits(kind: str, double: bool) -> Any:
             linear.weight.data, requires_grad=False, compress_statistics=double, quant_type=kind
         )
         layer.bias = nn.Parameter(linear.bias.data)
+        # Without gradients the package multiplies in bfloat16 where the CPU can, whatever compute_dtype says.
+        layer.support_avx512bf16_for_cpu = False
         return layer.to("cpu")
 
     return made
@@ -45,6 +50,8 @@ def eight_bits(linear: nn.Linear) -> nn.Module:
 
 
 def weight_of(layer: Any) -> Tensor:
+    if type(layer) is nn.Linear:
+        return layer.weight.detach()
     if isinstance(layer, bnb.nn.Linear8bitLt):
         # The first forward pass has moved codes and scales from the weight to the state.
         return layer.weight.data.float() * (layer.state.SCB / 127).view(-1, 1)
@@ -73,6 +80,7 @@ if __name__ == "__main__":
         model = wan(width=32) if eight else build()
         kind, double = variant.removeprefix("flux-").partition("-")[0], variant.endswith("double")
         exchange_linears(model, eight_bits if eight else four_bits(kind, double), KEEP[build.__name__])
+        model.eval()  # the new layers, too: in training, 8-bit ones do not quantize their inputs
         folder = fresh("bitsandbytes", variant)
         save_state(folder, model, model.state_dict())
         config = json.loads((folder / "config.json").read_text())

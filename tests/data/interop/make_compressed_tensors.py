@@ -46,6 +46,8 @@ def find_scales(layer: Any) -> None:
 
 
 def weight_of(layer: Any) -> Tensor:
+    if getattr(layer, "quantization_scheme", None) is None:
+        return layer.weight.detach()
     return fake_quantize(
         layer.weight,
         scale=layer.weight_scale,

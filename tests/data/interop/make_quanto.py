@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from diffusers import QuantoConfig, WanTransformer3DModel
-from optimum.quanto import freeze, qfloat8, qint2, qint4, qint8, quantization_map, quantize
+from optimum.quanto import QTensor, freeze, qfloat8, qint2, qint4, qint8, quantization_map, quantize
 from torch import Tensor
 
 from tests.data.interop.tiny import flux, fresh, save_state, saved, wan, write_example
@@ -24,7 +24,7 @@ DIRECT = {
 
 
 def weight_of(layer: Any) -> Tensor:
-    return layer.weight.dequantize()
+    return layer.weight.dequantize() if isinstance(layer.weight, QTensor) else layer.weight.detach()
 
 
 def direct() -> None:

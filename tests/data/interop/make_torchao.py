@@ -15,6 +15,7 @@ from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
 )
+from torchao.utils import TorchAOBaseTensor
 
 from tests.data.interop.tiny import fresh, saved, wan, write_example
 
@@ -28,7 +29,7 @@ CONFIGS = {
 
 
 def weight_of(layer: Any) -> Tensor:
-    return layer.weight.dequantize()
+    return layer.weight.dequantize() if isinstance(layer.weight, TorchAOBaseTensor) else layer.weight.detach()
 
 
 if __name__ == "__main__":

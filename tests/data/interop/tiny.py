@@ -23,13 +23,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 ROOT = Path(__file__).parent
-ROWS = 8
+ROWS = 4
 TEXT_TOKENS = 512
+TIMESTEP = 1.0
+"""A small one: the sines of large angles, which diffusers computes in float32, differ enough to tip codes of inputs."""
 WATCHED = {
-    "wan": ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2"),
+    "wan": ("blocks.0.attn1.to_q", "blocks.0.ffn.net.2", "condition_embedder.time_proj", "proj_out"),
     "flux": ("transformer_blocks.0.attn.add_k_proj", "single_transformer_blocks.0.proj_out"),
 }
-"""Layers whose weights are stored as the package dequantizes them."""
+"""Layers of which rows are stored: of the weight as the package dequantizes it, of an input and of the result."""
 
 
 def _randomize(model: nn.Module) -> None:
@@ -78,7 +80,7 @@ def _wan_example(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, 1, 6, 8, generator=generator)
     text = torch.randn(1, 8, 16, generator=generator)
-    timestep = torch.tensor([611.0])
+    timestep = torch.tensor([TIMESTEP])
     padded = F.pad(text, (0, 0, 0, TEXT_TOKENS - text.shape[1]))  # as Wan's pipeline pads
     output = model(latents.to(dtype), timestep, padded.to(dtype)).sample
     return {"latents": latents, "text": text, "timestep": timestep, "output": output.float()}
@@ -88,7 +90,7 @@ def _flux_example(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 4, 1, 6, 8, generator=generator)
     text, pooled = torch.randn(1, 8, 24, generator=generator), torch.randn(1, 16, generator=generator)
-    timestep, guidance = torch.tensor([611.0]), torch.tensor([3.5])
+    timestep, guidance = torch.tensor([TIMESTEP]), torch.tensor([3.5])
     output = model(
         hidden_states=FluxPipeline._pack_latents(latents[:, :, 0], 1, 4, 6, 8).to(dtype),
         encoder_hidden_states=text.to(dtype),
@@ -102,6 +104,14 @@ def _flux_example(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"latents": latents, "text": text, "pooled": pooled, "timestep": timestep, "output": unpacked}
 
 
+def _watch(name: str, seen: dict[str, Tensor]) -> Callable[..., None]:
+    def watch(layer: nn.Module, given: tuple[Tensor, ...], result: Tensor) -> None:
+        seen[f"{name}.input"] = given[0].flatten(0, -2)[:ROWS].float().clone()
+        seen[f"{name}.result"] = result.flatten(0, -2)[:ROWS].float().clone()
+
+    return watch
+
+
 @torch.no_grad()
 def write_example(
     folder: Path,
@@ -112,7 +122,11 @@ def write_example(
 ) -> None:
     """Store what `model`, which computes in `dtype`, gives; `weight_of` is the float weight of one of its layers."""
     kind = "wan" if isinstance(model, WanTransformer3DModel) else "flux"
-    tensors = (_wan_example if kind == "wan" else _flux_example)(model, dtype)
+    seen: dict[str, Tensor] = {}
+    hooks = [model.get_submodule(name).register_forward_hook(_watch(name, seen)) for name in WATCHED[kind]]
+    tensors = (_wan_example if kind == "wan" else _flux_example)(model, dtype) | seen
+    for hook in hooks:
+        hook.remove()
     for name in WATCHED[kind]:
         tensors[f"{name}.weight"] = weight_of(model.get_submodule(name))[:ROWS].float()
     told = {name: version(name) for name in ("torch", "diffusers", *packages)}
