@@ -3,53 +3,54 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from loguru import logger
-from tqdm import tqdm
-
-from lightx2v.calibrate.fit import Fit, check_steps, fit_signal, mean_ratios
-from lightx2v.calibrate.recorder import Recorder
-from lightx2v.config.features import CacheConfig
 from lightx2v.config.load import load_config
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
-from lightx2v.features.cache import Calibration
-from lightx2v.plan import Plan, resolve
-from lightx2v.platform import select_device
 
-SHARES = (0.75, 0.5, 0.33)
-"""Of the steps that are computed, for which a threshold is told."""
+DRAWN_PROMPTS = 8
+"""Of tiny-wan's world, where the embedded model is calibrated without prompts."""
 
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         allow_abbrev=False,
-        description="Run requests in full, and measure what a feature cache has to know of the model: TeaCache's"
-        " polynomials and MagCache's ratios. `cache.file` names the file that is written.",
+        description="Run requests in full, and make of what is seen in them quantized weights (--output), or what a"
+        " feature cache has to know of the model (--cache).",
     )
-    parser.add_argument("--cache", action="store_true", required=True, help="calibrate the feature caches")
+    what = parser.add_argument_group("what is made")
+    what.add_argument(
+        "--output",
+        metavar="DIR",
+        help="quantized weights of the DiT, as `mm_config` and `calibration` say; run them with dit_quantized_ckpt",
+    )
+    what.add_argument(
+        "--target",
+        metavar="GOAL",
+        help="with --output: choose each layer's mm_type for a goal: psnr=DB, memory=GIB (of the DiT's weights), or"
+        " speed; mm_config.mm_type is ignored",
+    )
+    what.add_argument("--cache", action="store_true", help="TeaCache's polynomials and MagCache's ratios")
+    what.add_argument("--save", metavar="FILE", help="with --cache: where the numbers go, as JSON, for `cache.file`")
     parser.add_argument("--model_cls", metavar="NAME", help="model family")
     parser.add_argument("--task", metavar="NAME", help="t2v, i2v, t2i or i2i")
     parser.add_argument("--model_path", metavar="DIR", help="directory of the checkpoint")
     parser.add_argument("--image_path", metavar="FILE", help="picture for i2v and i2i")
-    parser.add_argument("--config_json", metavar="FILE", help="JSON file of settings")
+    parser.add_argument("--config_json", metavar="FILE", help="JSON file of settings: the recipe")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="any setting; repeatable")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; repeatable")
     parser.add_argument("--prompts", metavar="FILE", help="file of prompts, one a line")
-    parser.add_argument("--save", required=True, metavar="FILE", help="where the measured numbers go, as JSON")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--debug", action="store_true", help="log everything, and show tracebacks")
     return parser
 
 
 def read_prompts(given: Sequence[str], file: str | None, config: Config) -> list[str]:
-    """The prompts to run: those given and those of `file`, or the configuration's. Raises ConfigError for none."""
+    """The prompts to run: those given and those of `file`, or the configuration's; for the embedded model a few of its
+    own. Raises ConfigError for none."""
     prompts = list(given)
     if file is not None:
         try:
@@ -58,46 +59,26 @@ def read_prompts(given: Sequence[str], file: str | None, config: Config) -> list
             raise ConfigError("--prompts", f"'{file}' cannot be read: {error.strerror}") from error
         prompts += [line.strip() for line in text.splitlines() if line.strip()]
     prompts = prompts or [config.prompt]
+    if prompts == [""] and config.model_path is None and config.task == "t2v":
+        from lightx2v.eval.prompts import draw_prompts
+
+        prompts = [request.scene.prompt for request in draw_prompts(DRAWN_PROMPTS, seed=1)]
     if not all(prompts):
         raise ConfigError("--prompt", "there is none", do="give --prompt TEXT, or --prompts FILE with one a line")
     return prompts
 
 
-def in_full(config: Config, prompt: str) -> Config:
-    """The same settings without what leaves forwards out or makes some of them unlike the others."""
-    sampling = config.sampling.model_copy(update={"cfg_schedule": None, "changing_resolution": False})
-    return config.model_copy(update={"cache": CacheConfig(), "sampling": sampling, "prompt": prompt})
-
-
-def calibrate_cache(plan: Plan, prompts: Sequence[str]) -> tuple[Calibration, dict[str, Fit]]:
-    """Run the request of `plan` with each prompt and a seed of its own; what was measured, and the fits behind it."""
-    from lightx2v.runner import Runner
-
-    check_steps(plan.request.steps)
-    runner, recorder = Runner(plan), Recorder()
-    for number, prompt in enumerate(tqdm(prompts, desc="calibrate", unit="request")):
-        request = replace(plan.request, prompt=prompt, seed=plan.request.seed + number)
-        runner.run(request, quiet=True, feature=recorder)
-    assert recorder.run is not None
-    fits = {name: fit for name in ("head", "blocks") if (fit := fit_signal(recorder.tracks, name)) is not None}
-    made = Calibration(
-        family=plan.family.name,
-        task=plan.request.task,
-        width=plan.files.arch.dim,
-        blocks=recorder.run.blocks,
-        steps=recorder.run.steps,
-        prompts=len(prompts),
-        head=fits["head"].coefficients,
-        blocks_signal=fits["blocks"].coefficients if "blocks" in fits else (),
-        ratios=mean_ratios(recorder.tracks),
-        plan=plan.hash,
-    )
-    return made, fits
-
-
 def main(argv: Sequence[str] | None = None, prog: str = "lightx2v calibrate") -> int:
-    """Measure, write the file and print what was found."""
+    """Measure, write the files and print what was found."""
     args = build_parser(prog).parse_args(argv)
+    if args.cache == (args.output is not None):
+        raise ConfigError(
+            "calibrate", "what is to be made is not clear", allowed="--output DIR, or --cache --save FILE"
+        )
+    if args.cache != (args.save is not None):
+        raise ConfigError("--save", "goes with --cache, and --cache with it", do="give both, or neither")
+    if args.target is not None and args.output is None:
+        raise ConfigError("--target", "goes with --output", do="give both, or neither")
     overrides = {
         name: value
         for name in ("model_cls", "task", "model_path", "image_path")
@@ -105,32 +86,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "lightx2v calibrate") ->
     }
     config = load_config(args.config_json, overrides, args.set)
     prompts = read_prompts(args.prompt, args.prompts, config)
-    plan = resolve(in_full(config, prompts[0]), select_device(config.device))
-    made, fits = calibrate_cache(plan, prompts)
-    made.write(args.save)
-    logger.info("saved {}", args.save)
-    if args.json:
-        print(json.dumps({**asdict(made), "fits": {name: _fit_json(fit) for name, fit in fits.items()}}, indent=2))
+    if args.cache:
+        from lightx2v.calibrate import cache
+
+        cache.run(config, prompts, args.save, args.json)
     else:
-        print(summary(made, fits))
+        from lightx2v.calibrate import weights
+
+        weights.run(config, prompts, Path(args.output), args.target, args.json)
     return 0
-
-
-def _fit_json(fit: Fit) -> dict[str, Any]:
-    thresholds = {threshold: fit.computed(threshold) for threshold in map(fit.threshold, SHARES)}
-    return {"error": fit.error, "computed_by_threshold": thresholds}
-
-
-def summary(made: Calibration, fits: dict[str, Fit]) -> str:
-    """What was measured, as text."""
-    lines = [f"{made.family} {made.task}: {made.prompts} prompts of {made.steps} steps"]
-    for name, fit in fits.items():
-        numbers = ", ".join(f"{c:.6g}" for c in fit.coefficients)
-        ret_steps = str(name == "blocks").lower()
-        lines.append(f"teacache, use_ret_steps {ret_steps}: [{numbers}], error {fit.error:.1%} of the changes")
-        for share in SHARES:
-            threshold = fit.threshold(share)
-            lines.append(f"  threshold {threshold:.3g} computes {fit.computed(threshold)} of {made.steps} steps")
-    for branch, ratios in made.ratios.items():
-        lines.append(f"magcache, {branch}: {min(ratios):.4f} to {max(ratios):.4f}")
-    return "\n".join(lines)

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from lightx2v.config.calibration import CalibrationConfig
 from lightx2v.config.features import AttentionConfig, AttentionRule, CacheConfig, LoraConfig, OffloadConfig, VaeConfig
 from lightx2v.config.section import Fraction, Numbers, Path, PositiveFloat, PositiveInt, Section
 
@@ -123,6 +124,9 @@ class Config(Section):
     sampling: SamplingConfig = Field(default=SamplingConfig(), description="The denoising loop.")
     text_len: PositiveInt | None = Field(default=None, description="Tokens that the prompt is padded to.")
     mm_config: MMConfig = Field(default=MMConfig(), description="How the DiT's matrix multiplications are computed.")
+    calibration: CalibrationConfig = Field(
+        default=CalibrationConfig(), description="How `lightx2v calibrate --output` makes quantized weights."
+    )
     dit_quantized_ckpt: Path | None = Field(
         default=None, description="Directory or file of the DiT's quantized weights."
     )

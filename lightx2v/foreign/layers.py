@@ -11,6 +11,11 @@ _KEPT = re.compile(r"norm|embed|time|modulation|adaln|_mod$|^mod$|^gate$|router"
 """Components of names of layers that see one vector a sample, or decide more than they cost: they stay as they are."""
 
 
+SENSITIVE = ("*.net.2", "*.ffn.2", "*.fc2", "*.linear_2", "*.proj_out", "*blocks.0.*")
+"""Globs of layers that lose most with fewer than 8 bits: the second of a feed-forward, and first blocks (msModelSlim's
+and SVDQuant's lists)."""
+
+
 def repeated_blocks(model: nn.Module) -> list[str]:
     """Names of the blocks that `model` repeats: what its class of diffusers calls so, or what is in a ModuleList."""
     names: Collection[str] = getattr(model, "_repeated_blocks", None) or ()

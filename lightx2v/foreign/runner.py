@@ -19,6 +19,7 @@ from lightx2v.foreign.forward import Steps
 from lightx2v.foreign.layers import repeated_blocks
 from lightx2v.foreign.plan import PipelinePlan
 from lightx2v.foreign.schedule import scheduler_for
+from lightx2v.mm.static import StepScales
 from lightx2v.plan.metadata import result_metadata
 from lightx2v.request import Request
 from lightx2v.sampling.loop import Progress
@@ -57,9 +58,14 @@ class PipelineRunner:
         pipeline.set_progress_bar_config(disable=quiet)
         pipeline.scheduler = scheduler_for(self._scheduler, request)
         steps = Steps(pipeline, request.steps)
+        scales = [StepScales(getattr(pipeline, part.name), request.steps) for part in plan.files.denoisers]
+        for of_model in scales:
+            of_model.at(0)
 
         def told(latents: Any) -> None:
             steps.advance()
+            for of_model in scales:
+                of_model.at(min(steps.step, request.steps - 1))
             if callback is not None:
                 callback(Progress(steps.step, steps.total, latents))
 

@@ -100,7 +100,7 @@ def match_rules(names: Iterable[str], default: str, rules: Sequence[MMRule]) -> 
 
     A rule is a glob on the whole name, or "re:" and a regular expression for the whole name.
     """
-    tests = [(rule, _matcher(rule.match)) for rule in rules]
+    tests = [(rule, matcher(rule.match)) for rule in rules]
     types: dict[str, str] = {}
     used: set[int] = set()
     for name in names:
@@ -112,7 +112,8 @@ def match_rules(names: Iterable[str], default: str, rules: Sequence[MMRule]) -> 
     return types, [rule for index, rule in enumerate(rules) if index not in used]
 
 
-def _matcher(pattern: str) -> Callable[[str], object]:
+def matcher(pattern: str) -> Callable[[str], object]:
+    """Whether a name matches a glob, or "re:" and a regular expression. Raises ConfigError for one that is none."""
     if not pattern.startswith("re:"):
         return lambda name: fnmatchcase(name, pattern)
     try:

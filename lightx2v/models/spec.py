@@ -61,6 +61,8 @@ class FamilySpec:
     """Globs of the linear layers that `mm_type` applies to."""
     keep: tuple[str, ...]
     """Globs of the layers that are never quantized."""
+    sensitive: tuple[str, ...]
+    """Globs of the layers that lose most with fewer than 8 bits."""
     vae_stride: tuple[int, int, int]
     """Frames, height, width of a video over those of its latents; the first frame has a latent frame of its own."""
     patch_size: tuple[int, int, int]

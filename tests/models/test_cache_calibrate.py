@@ -17,6 +17,7 @@ from lightx2v.calibrate.recorder import Recorder, Track
 from lightx2v.config.load import load_config
 from lightx2v.errors import ConfigError
 from lightx2v.eval.metrics import psnr
+from lightx2v.eval.prompts import parse_prompt
 from lightx2v.features.cache import Calibration
 from lightx2v.models.base import Branch, StepContext, Stream
 from lightx2v.pipeline import LightX2VPipeline
@@ -110,8 +111,10 @@ def test_prompts_come_from_flags_and_files(tmp_path: Path) -> None:
     config = load_config(None, {"prompt": "of the configuration"}, [])
     assert read_prompts(["zero"], str(file), config) == ["zero", "one", "two"]
     assert read_prompts([], None, config) == ["of the configuration"]
+    drawn = read_prompts([], None, load_config(None, {}, []))
+    assert len(set(drawn)) > 4 and all(parse_prompt(prompt) for prompt in drawn), "of the embedded model's own world"
     with pytest.raises(ConfigError, match="--prompt"):
-        read_prompts([], None, load_config(None, {}, []))
+        read_prompts([], None, load_config(None, {"model_path": "elsewhere"}, []))
     with pytest.raises(ConfigError, match="cannot be read"):
         read_prompts([], str(tmp_path / "missing"), config)
 

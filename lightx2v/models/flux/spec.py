@@ -35,6 +35,7 @@ FLUX = FamilySpec(
     },
     quantized=("double_blocks.*", "single_blocks.*"),
     keep=("img_in", "txt_in", "time_in.*", "vector_in.*", "guidance_in.*", "final_layer.*"),
+    sensitive=("*_mlp.2", "*.linear2", "*_mod.lin", "*.modulation.lin", "double_blocks.0.*"),
     vae_stride=(1, 8, 8),
     patch_size=(1, 2, 2),
     latent_channels=16,

@@ -26,6 +26,7 @@ WAN = FamilySpec(
         "i2v": Defaults(steps=40, shift=5.0, guidance=5.0, solver="unipc", **_SIZE),
     },
     quantized=("blocks.*.self_attn.*", "blocks.*.cross_attn.*", "blocks.*.ffn.*"),
+    sensitive=("blocks.*.ffn.2", "blocks.0.*"),
     keep=("patch_embedding", "text_embedding.*", "time_embedding.*", "time_projection.*", "img_emb.*", "head.*"),
     vae_stride=(4, 8, 8),
     patch_size=(1, 2, 2),

@@ -1,0 +1,263 @@
+"""`lightx2v calibrate --output`: recipes followed on tiny models, and what they write run again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from lightx2v import LightX2VPipeline
+from lightx2v.calibrate import weights
+from lightx2v.calibrate.cli import main
+from lightx2v.calibrate.output import Output
+from lightx2v.calibrate.report import Report
+from lightx2v.calibrate.weights import StepGroups, calibrate
+from lightx2v.config.calibration import CalibrationConfig
+from lightx2v.config.load import load_config
+from lightx2v.errors import ConfigError
+from lightx2v.eval.metrics import psnr
+from lightx2v.mm.linear import QuantLinear
+from tests.e2e import flux_dirs
+from tests.models.tiny_pipelines import settings, write_pixart
+
+PROMPTS = ("a red circle on a white background moves right", "a blue square on a black background grows")
+STEPS = 4
+SMALL: dict[str, Any] = {"sampling.steps": STEPS, "calibration.forwards": 6, "calibration.rows": 64}
+QUICK: dict[str, Any] = {"mm_config.mm_type": "Default"}
+
+
+def made(output: Path, mm_type: str, prompts: Sequence[str] = PROMPTS, **recipe: Any) -> Report:
+    """A calibration of tiny-wan; `recipe` are settings of its section."""
+    sections = {f"calibration.{key}": value for key, value in recipe.items()}
+    config = load_config(None, {**SMALL, "mm_config.mm_type": mm_type, **sections})
+    with torch.inference_mode():
+        return calibrate(config, prompts, output)
+
+
+def frames(checkpoint: Path | None = None, **given: Any) -> np.ndarray:
+    quantized = {} if checkpoint is None else {"dit_quantized_ckpt": str(checkpoint), "mm_config.mm_type": "auto"}
+    pipe = LightX2VPipeline.from_config(load_config(None, {"sampling.steps": STEPS, **quantized, **given}))
+    return pipe.generate(PROMPTS[0], seed=3, quiet=True)
+
+
+@pytest.fixture(scope="module")
+def plain() -> np.ndarray:
+    return frames()
+
+
+#: mm_type, recipe -> least PSNR in dB against the unquantized run of four steps.
+RECIPES: list[tuple[str, Mapping[str, Any], float]] = [
+    ("int8-static", {}, 34),
+    ("int8-static-asym", {"observer": "mse", "smooth": "smoothquant"}, 34),
+    ("int8-timestep", {"step_groups": 2, "observer": "percentile"}, 34),
+    ("fp8-pertensor", {"smooth": "iterative", "alpha": 0.5}, 30),
+    ("int8", {"smooth": "flexible", "rotation": "auto"}, 38),
+    ("int4-w4a4", {"smooth": "svdquant", "rank": 16, "iterations": 5}, 20),
+    ("int4-g64-asym", {"solver": "gptq"}, 28),
+    ("int3-g64-asym", {"solver": "hqq"}, 20),
+    ("nvfp4", {"smooth": "awq"}, 22),
+]
+
+
+@pytest.mark.parametrize(("mm_type", "recipe", "least"), RECIPES, ids=[f"{r[0]}-{'-'.join(r[1])}" for r in RECIPES])
+def test_a_recipe_is_followed_and_runs(
+    mm_type: str, recipe: Mapping[str, Any], least: float, tmp_path: Path, plain: np.ndarray
+) -> None:
+    report = made(tmp_path, mm_type, **recipe)
+    assert len(report.layers) == 40 and report.bytes_out > 0
+    assert psnr(frames(tmp_path), plain) > least
+    tensors = load_file(tmp_path / "block_1.safetensors")
+    layer = "blocks.1.ffn.0"
+    spans = "smooth" in recipe
+    assert (f"{layer}.input_multiplier" in tensors) == spans
+    assert (f"{layer}.input_rotation" in tensors) == ("rotation" in recipe)
+    assert (f"{layer}.lowrank_up" in tensors) == ("rank" in recipe)
+    if "q" in recipe:
+        assert tensors["blocks.1.self_attn.q.input_multiplier"].equal(tensors["blocks.1.self_attn.k.input_multiplier"])
+    if mm_type == "int8-timestep":
+        assert tensors[f"{layer}.input_steps"].tolist() == [STEPS, 2, 3]
+        assert tensors[f"{layer}.input_scale"].shape == (2,)
+    told = json.loads((tmp_path / "calibration.json").read_text())
+    assert told["layers"][layer]["error"] == pytest.approx(report.layers[layer].error)
+    assert not (tmp_path / ".incomplete").exists()
+
+
+def test_what_a_recipe_adds_lowers_the_error_of_layers(tmp_path: Path) -> None:
+    def error(name: str, mm_type: str, **recipe: Any) -> float:
+        layers = made(tmp_path / name, mm_type, sensitive="none", **recipe).layers.values()
+        return float(np.mean([layer.error for layer in layers]))
+
+    naive = error("naive", "int4-w4a4")
+    assert error("svdquant", "int4-w4a4", smooth="svdquant", rank=16, iterations=10) < 0.8 * naive
+    nearest = error("nearest", "int3-g64-asym")
+    assert error("gptq", "int3-g64-asym", solver="gptq") < 0.9 * nearest
+
+
+def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = made(tmp_path / "whole", "int8-static")
+    write, calls = Output.write, []
+
+    def stop(self: Output, part: str, *args: Any) -> None:
+        if part == "block_2" and not calls:
+            calls.append(part)
+            raise KeyboardInterrupt
+        write(self, part, *args)
+
+    monkeypatch.setattr(Output, "write", stop)
+    with pytest.raises(KeyboardInterrupt):
+        made(tmp_path / "parts", "int8-static")
+    assert not (tmp_path / "parts" / "block_0.safetensors").exists(), "nothing looks whole"
+    parts, seen = weights.calibrate_part, []
+    monkeypatch.setattr(weights, "calibrate_part", lambda part, *rest: seen.append(part.name) or parts(part, *rest))
+    again = made(tmp_path / "parts", "int8-static")
+    assert seen == ["block_2", "block_3"]
+    assert again.layers == whole.layers
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        first, second = load_file(file), load_file(tmp_path / "parts" / file.name)
+        assert first.keys() == second.keys(), file.name
+        assert all(tensor.equal(second[name]) for name, tensor in first.items()), file.name
+
+
+def test_another_recipe_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(self: Output, part: str, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Output, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            made(tmp_path, "int8-static")
+    assert (tmp_path / ".incomplete" / "streams").exists()
+    report = made(tmp_path, "int8", prompts=PROMPTS[:1])
+    assert report.prompts == 1 and {layer.mm_type for layer in report.layers.values()} == {
+        "W-int8-channel-sym-A-int8-channel-sym-dynamic"
+    }
+
+
+def test_rules_leave_layers_as_they_are(tmp_path: Path) -> None:
+    rules = [{"match": "*.ffn.2", "mm_type": "Default"}, {"match": "blocks.0.*", "mm_type": "int8"}]
+    config = load_config(None, {**SMALL, "mm_config.mm_type": "int8-static", "mm_config.rules": rules})
+    with torch.inference_mode():
+        report = calibrate(config, PROMPTS[:1], tmp_path)
+    assert len(report.layers) == 37 and "blocks.1.ffn.2" not in report.layers
+    pipe = LightX2VPipeline.from_config(
+        load_config(None, {"dit_quantized_ckpt": str(tmp_path), "mm_config.mm_type": "auto"})
+    )
+    types = {layer.name: layer.mm_type for layer in pipe.plan.components["dit"].layers}
+    assert types["blocks.1.ffn.2"] == "Default" and types["blocks.0.ffn.0"].startswith(
+        "W-int8-channel-sym-A-int8-channel"
+    )
+    assert types["blocks.1.ffn.0"] == "W-int8-channel-sym-A-int8-tensor-sym-Auto"
+
+
+def test_flux_is_walked_through_both_kinds_of_blocks(tmp_path: Path) -> None:
+    folder = flux_dirs.write_model(tmp_path / "flux", "dev", "original")
+    run = {"model_cls": "flux", "task": "t2i", "model_path": str(folder), "dtype": "float32", "sampling.steps": 3}
+    size = {"video.height": 64, "video.width": 64}
+    recipe = {"mm_config.mm_type": "int8-static", "calibration.smooth": "smoothquant", "calibration.forwards": 4}
+    with torch.inference_mode():
+        report = calibrate(load_config(None, {**run, **size, **recipe}), ["a fox"], tmp_path / "out")
+    kinds = {name.split(".")[0] for name in report.layers}
+    assert kinds == {"double_blocks", "single_blocks"}
+
+    def picture(**given: Any) -> np.ndarray:
+        pipe = LightX2VPipeline.from_config(load_config(None, {**run, **size, **given}))
+        return pipe.generate("a fox", seed=1, quiet=True)
+
+    quantized = picture(dit_quantized_ckpt=str(tmp_path / "out"), **{"mm_config.mm_type": "auto"})
+    assert psnr(quantized, picture()) > 30
+
+
+@pytest.mark.parametrize(("mm_type", "least"), [("int8-static", 15), ("int8-timestep", 30)])
+def test_a_pipeline_of_diffusers(mm_type: str, least: float, tmp_path: Path) -> None:
+    """The inputs of some layers of this model grow a hundredfold from step to step: one scale cannot do for all."""
+    folder = write_pixart(tmp_path / "model")
+    given = settings("pixart", folder)
+    config = load_config(None, {**given, "mm_config.mm_type": mm_type, "calibration.rows": 32})
+    with torch.inference_mode():
+        report = calibrate(config, ["a fox", "a hen"], tmp_path / "out")
+    assert report.layers
+    loaded = {"dit_quantized_ckpt": str(tmp_path / "out"), "mm_config.mm_type": "auto"}
+    pipe = LightX2VPipeline.from_config(load_config(None, {**given, **loaded}))
+    got = pipe.generate("a fox", seed=1, quiet=True)
+    wanted = LightX2VPipeline.from_config(load_config(None, given)).generate("a fox", seed=1, quiet=True)
+    assert psnr(got, wanted) > least
+    transformer = pipe.runner.pipeline.transformer  # type: ignore[union-attr]
+    statics = [layer.static for layer in transformer.modules() if isinstance(layer, QuantLinear)]
+    assert statics and all(static is not None for static in statics)
+    if mm_type == "int8-timestep":
+        assert {static.group for static in statics if static} == {0}, "the last step has its own scale"
+
+
+def test_few_bits_leave_eight_to_sensitive_layers(tmp_path: Path) -> None:
+    report = made(tmp_path, "nvfp4", prompts=PROMPTS[:1])
+    kinds = {name: layer.mm_type.split("-")[1] for name, layer in report.layers.items()}
+    assert kinds["blocks.0.self_attn.q"] == kinds["blocks.2.ffn.2"] == "int8"
+    assert kinds["blocks.1.self_attn.q"] == kinds["blocks.2.ffn.0"] == "nvfp4"
+
+
+def test_a_target_is_met_with_fewer_bytes_than_one_mm_type_takes(tmp_path: Path) -> None:
+    """Between the PSNR of four bits and of eight bits throughout, which are some 30 and 50 dB here."""
+    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    argv = ["--output", str(tmp_path), *small, "--prompt", PROMPTS[0], "--set", "calibration.checks=2", "--json"]
+    assert main([*argv, "--target", "psnr=38"]) == 0
+    told = json.loads((tmp_path / "target.json").read_text())
+    assert told["measured_psnr"] >= 38
+    assert len(told["layers"]) > 1 and sum(told["layers"].values()) == 40
+    eight = sum(n * k + 4 * n for n, k in shapes().values())
+    assert told["weight_bytes"] < eight
+    assert psnr(frames(tmp_path), frames()) > 34
+
+
+def shapes() -> dict[str, tuple[int, int]]:
+    plan = LightX2VPipeline.from_config(load_config(None, {})).plan
+    return {layer.name: (layer.out_features, layer.in_features) for layer in plan.components["dit"].layers}
+
+
+def test_a_size_is_kept_to(tmp_path: Path) -> None:
+    budget = 0.5 * sum(2 * n * k for n, k in shapes().values())
+    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    argv = ["--output", str(tmp_path), *small, "--prompt", PROMPTS[0], "--set", "calibration.checks=1", "--json"]
+    assert main([*argv, "--target", f"memory={budget / 2**30}"]) == 0
+    told = json.loads((tmp_path / "target.json").read_text())
+    assert 0.9 * budget < told["weight_bytes"] <= budget
+    with pytest.raises(ConfigError, match="GiB or more"):
+        main([*argv, "--target", "memory=0.0001"])
+
+
+def test_steps_fall_into_groups() -> None:
+    recipe = CalibrationConfig(step_groups=3, dynamic_share=0.5)
+    groups = StepGroups.of(recipe, 10)
+    assert groups.first == (5, 6, 8)
+    assert [groups.key(step, 10) for step in range(10)] == [-1] * 5 + [0, 1, 1, 2, 2]
+    assert [groups.key(step, 20) for step in (9, 10, 12, 19)] == [-1, 0, 1, 2]
+    assert StepGroups.of(CalibrationConfig(dynamic_share=1.0), 4).first == (3,), "one step at least has a scale"
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"mm_config.mm_type": "Default"}, "names no quantized layer"),
+        ({"mm_config.mm_type": "fp8", "calibration.solver": "gptq"}, "gptq makes no codes of"),
+        ({"mm_config.mm_type": "int4-g64", "calibration.solver": "hqq"}, "hqq makes no codes of"),
+        ({"mm_config.mm_type": "int8", "calibration.rotation": 96}, "power of two"),
+    ],
+)
+def test_a_recipe_that_cannot_be_followed_is_refused(given: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=said):
+        calibrate(load_config(None, {**SMALL, **given}), PROMPTS, tmp_path)
+
+
+def test_the_command_line_makes_one_of_two_things(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([], ["--cache"], ["--cache", "--output", "a", "--save", "b"], ["--output", "a", "--save", "b"]):
+        with pytest.raises(ConfigError):
+            main(argv)
+    small = [f"--set={key}={value}" for key, value in SMALL.items()]
+    argv = ["--output", str(tmp_path), "--set", "mm_config.mm_type=int8-static", *small, "--prompt", PROMPTS[0]]
+    assert main([*argv, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["prompts"] == 1
