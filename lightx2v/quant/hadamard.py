@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -11,6 +9,7 @@ LARGEST = 4096
 """Of a rotation: beyond, it costs more than it spreads."""
 _FACTOR = 64
 """Rotations are products of ones of at most this size, which are small matrix products."""
+_matrices: dict[str, Tensor] = {}
 
 
 def rotation_size(k: int, largest: int = LARGEST) -> int:
@@ -35,13 +34,14 @@ def rotate(x: Tensor, size: int) -> Tensor:
     return rotated.reshape(x.shape).to(x.dtype)
 
 
-@lru_cache(maxsize=16)
 def hadamard(size: int, device: torch.device) -> Tensor:
     """Sylvester's matrix over sqrt(size), float32 [size, size]."""
-    with torch.inference_mode(False):
-        index = torch.arange(size, device=device)
-        common = index[:, None] & index
-        parity = torch.zeros_like(common)
-        while bool(common.any()):
-            parity, common = parity ^ (common & 1), common >> 1
-        return (1 - 2 * parity).float() / size**0.5
+    key = f"{size} {device}"  # torch.compile looks through a dictionary of strings, and not through functools' cache
+    if key not in _matrices:
+        with torch.inference_mode(False):
+            matrix = torch.ones(1, 1, device=device)
+            while len(matrix) < size:
+                above = torch.cat((matrix, matrix), dim=1)
+                matrix = torch.cat((above, torch.cat((matrix, -matrix), dim=1)))
+            _matrices[key] = matrix / size**0.5
+    return _matrices[key]

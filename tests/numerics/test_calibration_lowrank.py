@@ -106,6 +106,13 @@ def test_any_shape_and_zeros(shape: tuple[int, int]) -> None:
         assert min(found.errors) < 0.01
 
 
+def test_a_large_weight_that_is_of_low_rank_is_done_at_once() -> None:
+    for weight in (matrix(600, 3) @ matrix(3, 700), torch.zeros(600, 700)):
+        found = decompose(weight, 8, to_int4)
+        assert len(found.errors) <= 2 and found.errors[0] < 1e-5
+        assert bool(found.up.isfinite().all() and found.down.isfinite().all())
+
+
 def decibels(wrong: Tensor, exact: Tensor) -> float:
     return 20 * math.log10(float(exact.norm()) / float((wrong - exact).norm()))
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightx2v.errors import LightX2VError
 from lightx2v.mm.scheme import parse
+from lightx2v.quant import hadamard
 from lightx2v.quant.around import Around, fold_around
 from lightx2v.quant.calibration.gptq import gptq
 from lightx2v.quant.calibration.grids import IntegerGrid, dequantize, fake_quantize, nearest
@@ -98,6 +99,14 @@ def test_rotations_are_orthogonal(k: int, size: int) -> None:
         [[(-1.0) ** bin(i & j).count("1") for j in range(min(size, 64))] for i in range(min(size, 64))]
     )
     torch.testing.assert_close(matrix[: len(signs), : len(signs)], signs.double() / math.sqrt(size))
+
+
+def test_rotations_compile_in_one_graph() -> None:
+    x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
+    hadamard._matrices.clear()
+    compiled = torch.compile(lambda x: hadamard.rotate(x, 512), fullgraph=True, backend="eager")
+    for _ in range(2):
+        torch.testing.assert_close(compiled(x), rotate(x, 512))
 
 
 def test_signs_are_both_and_the_seeds() -> None:

@@ -60,7 +60,7 @@ def decompose(
         if best is None or error < min(errors):
             best = (down, up)
         errors.append(error)
-        if len(errors) > 1 and error > (1 - tolerance) * errors[-2]:
+        if len(errors) > 1 and error >= (1 - tolerance) * errors[-2]:
             break
         target, start = weight - rounded, down
     if best is None:
