@@ -131,7 +131,7 @@ def main() -> None:
             lambda prompt, seed: pipe.generate(prompt=prompt, seed=seed, quiet=True), args.prompts, args.seed, plain
         )
         found = report.distance_summary()
-        all_four = sum(not result.wrong for result in report.results) / len(report.results)
+        all_four = report.right()["all"] / len(report.results)
         psnr = [f"{found[key]:.2f} dB" if found[key] is not None else "equal" for key in ("psnr_mean", "psnr_min")]
         cells = (label, f"{all_four:.0%}", *psnr, f"{found['ssim_mean']:.4f}", f"{report.seconds_per_clip:.2f}")
         print(f"| {' | '.join(cells)} |", flush=True)

@@ -34,8 +34,8 @@ from lightx2v.config.load import load_config
 from lightx2v.denoising import denoise_request
 from lightx2v.eval.detector import detect
 from lightx2v.eval.metrics import psnr
-from lightx2v.eval.prompts import ATTRIBUTES, Request, draw_prompts
-from lightx2v.eval.suite import Report, Result
+from lightx2v.eval.prompts import ATTRIBUTES, Case, draw_prompts
+from lightx2v.eval.results import Report, Result
 from lightx2v.families.base import Session
 from lightx2v.features.cache import Calibration
 from lightx2v.models.base import Branch, Conditions
@@ -159,16 +159,16 @@ class Bench:
         self.add(Row(cache.name, model.run, model.parts, plain, cache.setting))
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> None:
+    def run(self, requests: Sequence[Case]) -> None:
         """Every row on every request."""
         groups = {plain: [row for row in self.rows.values() if row.plain == plain] for plain in self.rows}
         for request in tqdm(requests, desc="caches", unit="prompt"):
-            job = replace(self.plan.request, prompt=request.scene.prompt, seed=request.seed)
+            job = replace(self.plan.request, prompt=request.prompt, seed=request.seed)
             conditions = self.runner.family.encode(self.session, job)
             for plain, rows in groups.items():
                 self._group(self.rows[plain], [row for row in rows if row.name != plain], request, job, conditions)
 
-    def _group(self, plain: Row, rows: Sequence[Row], request: Request, job: Job, conditions: Any) -> None:
+    def _group(self, plain: Row, rows: Sequence[Row], request: Case, job: Job, conditions: Any) -> None:
         if not rows:
             return
         reference: np.ndarray | None = None
@@ -197,7 +197,7 @@ class Bench:
         row.work.append(sum(self.costs[part] * count for block in counts for part, count in block.items()))
         return latents, seconds
 
-    def _look(self, row: Row, request: Request, latents: Tensor) -> np.ndarray:
+    def _look(self, row: Row, request: Case, latents: Tensor) -> np.ndarray:
         frames = to_frames(self.runner.family.decode(self.session, latents))
         row.results.append(Result(request, detect(frames)))
         return frames
@@ -222,10 +222,10 @@ class Comparison:
     by: str = "forwards"
 
 
-def calibrated(bench: Bench, tested: Sequence[Request], count: int, file: Path) -> tuple[Calibration, dict[str, Fit]]:
+def calibrated(bench: Bench, tested: Sequence[Case], count: int, file: Path) -> tuple[Calibration, dict[str, Fit]]:
     """Coefficients and ratios in `file`, from `count` prompts that are none of `tested`."""
     seen = {request.scene for request in tested}
-    drawn = dict.fromkeys(request.scene.prompt for request in draw_prompts(50 * count, 1) if request.scene not in seen)
+    drawn = dict.fromkeys(request.prompt for request in draw_prompts(50 * count, 1) if request.scene not in seen)
     made, fits = calibrate_cache(bench.plan, list(drawn)[:count])
     made.write(file)
     return made, fits

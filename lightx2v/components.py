@@ -44,8 +44,11 @@ class LoadedDiT:
     offloaded: Offloaded | None = None
 
 
-def load_dit(plan: Plan) -> LoadedDiT:
-    """The DiT of a plan with the weights of its checkpoint, and its features."""
+def load_dit(plan: Plan, fuse: bool = True) -> LoadedDiT:
+    """The DiT of a plan with the weights of its checkpoint, and its features.
+
+    Without `fuse` each linear stays a module of its own under its own name; offload does not take that.
+    """
     part, family, config = plan.components["dit"], plan.family, plan.config
     device, dtype = torch.device(plan.device.torch_name), getattr(torch, config.dtype)
     where = str(part.checkpoint)
@@ -68,7 +71,7 @@ def load_dit(plan: Plan) -> LoadedDiT:
             ready=loras.attach,
         )
     else:
-        fill_dit(model, source.read(), device, dtype, where)
+        fill_dit(model, source.read(), device, dtype, where, fuse)
         loras.attach(model)
     if config.compile:
         compile_blocks(model)  # type: ignore[arg-type]
@@ -94,25 +97,31 @@ def dtype_of(model: nn.Module, dtype: torch.dtype) -> Callable[[str], torch.dtyp
 
 
 def fill_dit(
-    model: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torch.device, dtype: torch.dtype, where: str
+    model: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+    where: str,
+    fuse: bool = True,
 ) -> None:
     """Stream `tensors`, by original name, into a DiT on meta; `where` is what an error names as their source."""
     stream_into(model, tensors, device=device, dtype_of=dtype_of(model, dtype), where=where)
-    fuse_projections(model)
+    if fuse:
+        fuse_projections(model)
 
 
 class Components:
-    """The models that a plan names. `with components.use("vae") as vae:` loads at need."""
+    """The models that a plan names. `with components.use("vae") as vae:` loads at need; `fuse` as in `load_dit`."""
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
+    def __init__(self, plan: Plan, fuse: bool = True) -> None:
+        self.plan, self.fuse = plan, fuse
         self._loaded: dict[str, Any] = {}
         self._parked: dict[str, Parked] = {}
 
     def _load(self, name: str) -> Any:
         plan = self.plan
         if name == "dit":
-            return load_dit(plan)
+            return load_dit(plan, self.fuse)
         part = next(part for part in plan.family.surroundings.parts if part.name == name)
         planned = plan.components.get(name)
         source = PartSource(

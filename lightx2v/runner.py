@@ -19,6 +19,7 @@ from lightx2v.errors import ConfigError
 from lightx2v.families.base import Family, Session
 from lightx2v.features.base import StackFeature
 from lightx2v.io.media import write_result
+from lightx2v.models.base import Branch, Conditions
 from lightx2v.plan import Plan, resolve
 from lightx2v.plan.features import replan_loras
 from lightx2v.plan.metadata import result_metadata
@@ -32,12 +33,12 @@ DEFAULT_RESULT = "./output_lightx2v"
 
 
 class Runner:
-    """Holds the components of one plan and serves requests one after the other."""
+    """Holds the components of one plan and serves requests one after the other; `fuse` as in `components.load_dit`."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, fuse: bool = True) -> None:
         self.plan = plan
         self.family: Family = plan.family.surroundings
-        self.components = Components(plan)
+        self.components = Components(plan, fuse)
         self.device = torch.device(plan.device.torch_name)
         self.timer = StageTimer(plan.device)
 
@@ -55,15 +56,26 @@ class Runner:
         """
         self._check(request)
         self.timer = StageTimer(self.plan.device)
-        config, dtype = self.plan.config, getattr(torch, self.plan.config.dtype)
-        session = Session(self.components, self.timer, config, self.plan.files, self.device, dtype)
-        conditions = self.family.encode(session, request)
-        image = self.family.image_latents(session, request)
+        session = self._session()
+        conditions, image = self._encode(session, request)
         with session.use("dit") as loaded, self.timer.stage("denoise"):
             latents = denoise_request(
                 self.plan, loaded, request, conditions, image, feature=feature, callback=callback, quiet=quiet
             )
         return to_frames(self.family.decode(session, latents))
+
+    @torch.inference_mode()
+    def encode(self, request: Request) -> tuple[dict[Branch, Conditions], Tensor | None]:
+        """What `denoise_request` takes of `request`: the conditions of its branches, and the latents of its image."""
+        self._check(request)
+        return self._encode(self._session(), request)
+
+    def _session(self) -> Session:
+        config, dtype = self.plan.config, getattr(torch, self.plan.config.dtype)
+        return Session(self.components, self.timer, config, self.plan.files, self.device, dtype)
+
+    def _encode(self, session: Session, request: Request) -> tuple[dict[Branch, Conditions], Tensor | None]:
+        return self.family.encode(session, request), self.family.image_latents(session, request)
 
     def _check(self, request: Request) -> None:
         self.plan.family.check_size(request.height, request.width, request.frames)

@@ -62,7 +62,7 @@ def read_prompts(given: Sequence[str], file: str | None, config: Config) -> list
     if prompts == [""] and config.model_path is None and config.task == "t2v":
         from lightx2v.eval.prompts import draw_prompts
 
-        prompts = [request.scene.prompt for request in draw_prompts(DRAWN_PROMPTS, seed=1)]
+        prompts = [case.prompt for case in draw_prompts(DRAWN_PROMPTS, seed=1)]
     if not all(prompts):
         raise ConfigError("--prompt", "there is none", do="give --prompt TEXT, or --prompts FILE with one a line")
     return prompts

@@ -37,11 +37,13 @@ class Scene:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """A scene and the seed of the noise that its clip starts from."""
+class Case:
+    """One clip to make: what it is asked for by, and the seed of the noise that it starts from."""
 
-    scene: Scene
+    prompt: str
     seed: int
+    scene: Scene | None = None
+    """What the prompt describes, if it is a sentence of this world."""
 
 
 def parse_prompt(prompt: str) -> Scene:
@@ -56,15 +58,13 @@ def parse_prompt(prompt: str) -> Scene:
     return Scene(*found.groups())
 
 
-def draw_prompts(count: int, seed: int = 0) -> list[Request]:
-    """`count` requests with uniform attributes and seeds of their own; the first ones do not depend on `count`."""
+def draw_prompts(count: int, seed: int = 0) -> list[Case]:
+    """`count` cases with uniform attributes and seeds of their own; the first ones do not depend on `count`."""
     if count < 1:
         raise ConfigError("prompts", f"{count} prompts asked for", allowed="1 or more")
     rng = random.Random(seed)
-    return [
-        Request(
-            Scene(rng.choice(COLORS), rng.choice(SHAPES), rng.choice(BACKGROUNDS), rng.choice(MOTIONS)),
-            rng.randrange(2**31),
-        )
-        for _ in range(count)
-    ]
+    cases = []
+    for _ in range(count):
+        scene = Scene(rng.choice(COLORS), rng.choice(SHAPES), rng.choice(BACKGROUNDS), rng.choice(MOTIONS))
+        cases.append(Case(scene.prompt, rng.randrange(2**31), scene))
+    return cases
