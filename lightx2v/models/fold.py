@@ -1,7 +1,8 @@
 """Where the multiplier of a linear's input can go into what makes that input, so that it costs nothing at run time.
 
 x' = x * m with m [K] before a linear whose weight was divided by m (smoothing, `quant.around`). A family lists in its
-spec what stands before its linears; `fold_multiplier` edits the float tensors, which is exact but for rounding.
+spec what stands before its linears; `fold_multiplier` edits the float tensors, which is exact but for rounding. The
+layers are no longer those of the model then: a LoRA for it fits none of them (`io.declared` tells, `Foldable.layers`).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Foldable:
     modulation  a linear that makes several vectors of width K, among them those at `shift` and `scale`, for the input
                 norm(x) (1 + scale) + shift; they become m shift and m (1 + scale) - 1
     rows        linears whose K rows at `chunk`, counted in chunks of K, make the input channel by channel: values of an
-                attention, which mixes tokens but no channels; the rows are multiplied
+                attention, which mixes tokens but no channels; the rows are multiplied. An attention that quantizes its
+                values sees others then, less even ones: its scales are to be found after this
     """
 
     kind: Literal["norm", "modulation", "rows"]
@@ -36,6 +38,11 @@ class Foldable:
     shift: int = 0
     scale: int = 0
     chunk: int = 0
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """All that a multiplier goes out of or into."""
+        return self.consumers + self.producers
 
     def at(self, layer: str) -> Foldable | None:
         """The same for the block of `layer`, if it is one of the consumers."""

@@ -67,6 +67,7 @@ def plan_lora(module: nn.Module, config: Config, family: FamilySpec, dit: Compon
         dynamic=config.lora_dynamic,
         quantized=quantized,
         stored=set() if dit.auto_quant else quantized,
+        folded=dit.folded,
     )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from lightx2v.config.schema import MMRule
 from lightx2v.errors import CheckpointError
 from lightx2v.io.comfy import comfy_marks
-from lightx2v.io.declared import declared_layers
+from lightx2v.io.declared import declared_layers, folded_layers
 from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.gguf import ENDING
 from lightx2v.io.weights import Checkpoint, TensorInfo
@@ -44,6 +44,8 @@ class ComponentPlan:
     """Of the weights that are read once per request, before its loop, and given up for it."""
     layer_bytes: Mapping[str, int] = field(default_factory=dict)
     """Of each quantized weight with its scales."""
+    folded: frozenset[str] = frozenset()
+    """Layers that a multiplier went out of or into, by the model's names."""
 
     @property
     def loop_bytes(self) -> int:
@@ -288,7 +290,8 @@ def plan_component(
         if layer_name not in quantized or leaf == "bias":
             total += math.prod(info.shape) * dtype_bytes
     given_up = sum(math.prod(tensors[name].shape) * dtype_bytes for name in once if name in tensors)
-    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused), given_up, packed)
+    folded = frozenset(rename(layer) if rename else layer for layer in folded_layers(checkpoint.metadata))
+    return ComponentPlan(name, path, layers, auto_quant, total, tuple(unused), given_up, packed, folded)
 
 
 def _layer_bytes(layer: LayerPlan, leaves: Mapping[str, TensorInfo], device: DeviceInfo) -> int:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightx2v.errors import CheckpointError
+from lightx2v.features.lora.plan import plan_loras
+from lightx2v.io.declared import declare_layers, declared_layers, folded_layers, merge_metadata
 from lightx2v.models.flux.spec import FLUX
 from lightx2v.models.fold import Foldable, conditioned, fold_multiplier, foldable
 from lightx2v.models.spec import FamilySpec
 from lightx2v.models.wan.spec import WAN
 from tests.models import tiny_checkpoints, tiny_flux
+from tests.models.lora_data import random_pairs, write_lora
 
 Model = tuple[nn.Module, FamilySpec, tuple[object, ...]]
 
@@ -119,3 +123,28 @@ def test_a_modulation_without_a_bias_is_refused() -> None:
     record = Foldable("modulation", ("a",), ("b",), shift=0, scale=1)
     with pytest.raises(CheckpointError, match="no bias"):
         fold_multiplier({"b.weight": torch.ones(4, 2)}, record, torch.full((2,), 2.0))
+
+
+def test_a_file_says_which_layers_were_changed() -> None:
+    tensors = dict(tiny_checkpoints.tiny_dit("t2v").state_dict())
+    record = foldable(WAN.foldable, "blocks.0.self_attn.o", tensors)
+    assert record is not None
+    metadata = [
+        declare_layers({"blocks.0.ffn.0": "W-int8-channel-sym"}, record.layers),
+        declare_layers({"a": "b"}, ["x"]),
+    ]
+    assert folded_layers(metadata[0]) == {"blocks.0.self_attn.o", "blocks.0.self_attn.v"}
+    assert folded_layers(merge_metadata(*metadata)) == {"blocks.0.self_attn.o", "blocks.0.self_attn.v", "x"}
+    assert declared_layers(merge_metadata(*metadata)) == {"blocks.0.ffn.0": "W-int8-channel-sym", "a": "b"}
+    assert folded_layers({}) == folded_layers(declare_layers({"a": "b"})) == frozenset()
+
+
+def test_no_lora_is_put_on_a_layer_that_was_changed(tmp_path: Path) -> None:
+    wan = tiny_checkpoints.tiny_dit("t2v")
+    request = write_lora(tmp_path / "lora.safetensors", random_pairs(wan, ["self_attn.v"]))
+    assert plan_loras([request], wan, WAN.aliases, folded=["blocks.0.cross_attn.q"])
+    for dynamic in (False, True):
+        with pytest.raises(
+            CheckpointError, match=r"changes 'blocks\.1\.self_attn\.v', whose weights hold a multiplier"
+        ):
+            plan_loras([request], wan, WAN.aliases, dynamic=dynamic, folded=["blocks.1.self_attn.v"])

@@ -105,13 +105,14 @@ def plan_loras(
     dynamic: bool | None = None,
     quantized: Collection[str] = (),
     stored: Collection[str] = (),
+    folded: Collection[str] = (),
 ) -> LoraPlan:
     """Match LoRAs with the tensors of `module`, a DiT on meta with plain linears. Reads headers and alphas only.
 
-    `quantized` are the layers that are not computed as plain floats, `stored` those whose checkpoint holds codes. With
-    `dynamic` a low-rank change of a linear is computed beside it, without it added to its weight; None: added where the
-    layer is not quantized. Everything else, and parts that are read once per request, is added. A strength of 0 does
-    nothing.
+    `quantized` are the layers that are not computed as plain floats, `stored` those whose checkpoint holds codes,
+    `folded` those whose weights a multiplier has changed. With `dynamic` a low-rank change of a linear is computed
+    beside it, without it added to its weight; None: added where the layer is not quantized. Everything else, and parts
+    that are read once per request, is added. A strength of 0 does nothing.
     Raises CheckpointError for a file that does not fit the model, ConfigError for what cannot be done with it.
     """
     parameters = dict(module.named_parameters())
@@ -130,6 +131,12 @@ def plan_loras(
     for lora in loras:
         for delta in lora.file.deltas if lora.strength else ():
             layer, _, leaf = delta.target.rpartition(".")
+            if layer in folded:
+                raise CheckpointError(
+                    str(lora.path),
+                    f"changes '{layer}', whose weights hold a multiplier that was folded when the model was calibrated",
+                    do="calibrate with calibration.fold false, or with the LoRA added to the model",
+                )
             is_weight = leaf == "weight" and layer in linears
             if is_weight and delta.down is not None and layer not in once and _is_beside(layer, dynamic, quantized):
                 beside[layer] = (*beside.get(layer, ()), Term(lora, delta))
