@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,8 @@ class QuantLinear(nn.Module):
         self.static: StaticInput | None = None
         """The scales of a calibrated input."""
         self.rotation, self.surrounded = 0, False
+        self.input_key: tuple[int, bytes | None] = (0, None)
+        """What tells whether the inputs of two layers are changed alike before they are quantized."""
         self._given: dict[str, Tensor] = {}
         self._made: dict[str, Tensor] = {}
 
@@ -147,6 +150,8 @@ class QuantLinear(nn.Module):
                 self.register_buffer(f"around_{name}", kept.contiguous(), persistent=False)
         self.rotation = around.rotation
         self.surrounded = around.before or around.down is not None
+        multiplier = None if around.multiplier is None else around.multiplier.cpu().numpy().tobytes()
+        self.input_key = (self.rotation, multiplier and hashlib.sha256(multiplier).digest())
 
     @property
     def around(self) -> Around:
@@ -183,23 +188,27 @@ class QuantLinear(nn.Module):
     def quantize(self, x: Tensor) -> Quantized:
         """The codes of x [..., K], for `multiply` of this layer and of all that it `quantizes_as`."""
         with torch.autocast(x.device.type, enabled=False):
-            return self.kernels.quantize(self.scheme, x.reshape(-1, self.in_features), self._ready())
+            rows = x.reshape(-1, self.in_features)
+            rows = self.around.input(rows) if self.surrounded else rows
+            return self.kernels.quantize(self.scheme, rows, self._ready())
 
     def multiply(self, codes: Quantized, x: Tensor) -> Tensor:
         """What `forward` gives for x [..., K] with at least one row, whose codes are there already."""
         with torch.autocast(x.device.type, enabled=False):
             out = self.kernels.gemm(self.scheme, codes, self._ready(), self.bias, x.dtype)
+            if self.surrounded:
+                out = self.around.add(out, x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
     def quantizes_as(self, other: QuantLinear) -> bool:
         """Whether the codes of an activation are the same for both: the same scheme of it, with no stored scale."""
         ours, theirs = (
-            (layer.scheme.activation, layer.scheme.act_library, layer.library, layer.in_features)
+            (layer.scheme.activation, layer.scheme.act_library, layer.library, layer.in_features, layer.input_key)
             for layer in (self, other)
         )
-        dynamic = self.scheme.activation is not None and self.scheme.activation.dynamic
-        whole = self.surrounded or other.surrounded or (dynamic and self.scheme.activation.outliers)  # type: ignore[union-attr]
-        return ours == theirs and dynamic and not (whole or self._input_leaves() or other._input_leaves())
+        activation = self.scheme.activation
+        alike = activation is not None and activation.dynamic and not activation.outliers
+        return ours == theirs and alike and not (self._input_leaves() or other._input_leaves())
 
     def stacks_with(self, other: QuantLinear) -> bool:
         """Whether the two weights, one under the other, are a weight of the same scheme."""

@@ -98,6 +98,23 @@ def test_the_parts_together_are_their_definition(weight: Tensor) -> None:
     assert layer.weight_bytes > bare.weight_bytes
 
 
+def test_projections_with_one_multiplier_share_its_quantization(
+    weight: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, multiplier = outlying(), torch.rand(K, generator=torch.Generator().manual_seed(3)) + 0.5
+    leaves = {**stored("int8", fold_around(weight, multiplier, 0)), "input_multiplier": multiplier}
+    down, up = torch.randn(R, K) / 16, torch.randn(N, R)
+    first, second = made("int8", leaves), made("int8", {**leaves, "lowrank_down": down, "lowrank_up": up})
+    other = made("int8", {**leaves, "input_multiplier": multiplier * 2})
+    wanted = [first(x), second(x), other(x)]
+    calls, quantize = [], QuantLinear.quantize
+    monkeypatch.setattr(QuantLinear, "quantize", lambda self, x: calls.append(1) or quantize(self, x))
+    for got, want in zip(project(x, first, second), wanted, strict=False):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-5)
+    assert len(calls) == 1 and not first.quantizes_as(other)
+    assert torch.equal(project(x, first, other)[1], wanted[2])
+
+
 def test_what_stands_around_is_checked(weight: Tensor) -> None:
     plain = stored("int8", weight)
     cases: list[tuple[dict[str, Tensor], str]] = [
