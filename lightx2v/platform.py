@@ -284,6 +284,20 @@ def compute_capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device)
 
 
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 for any other."""
+    import torch
+
+    return 1 if device.type != "cuda" else int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def device_name(device: torch.device) -> str:
+    """What the maker calls a torch device."""
+    import torch
+
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+
+
 def graph_recorder(device: DeviceInfo) -> Callable[[], AbstractContextManager[Any]] | None:
     """What records the work done inside a `with` block as a graph with `replay()`; None where there are no graphs."""
     if device.kind not in ("cuda", "rocm"):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Leaves, Packed, TorchQuantize, add_bias, capability_words, lacks, span_words
+from lightx2v.mm.base import Caps, Leaves, Library, Packed, TorchQuantize, add_bias, capability_words, lacks, span_words
 from lightx2v.mm.quantizers import quantizer_missing, vendor_quantize
 from lightx2v.mm.reference import LIBRARY as REFERENCE
 from lightx2v.mm.scheme import Scheme
@@ -68,7 +68,7 @@ class VendorLibrary(TorchQuantize, ABC):
     def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
         scheme = scheme.with_library(self.name)
         reason = lacks(self.caps, scheme, n, k, device) or self._product(scheme).find().reason
-        return reason or quantizer_missing(scheme) or _trial(self, scheme, device.torch_name)
+        return reason or quantizer_missing(scheme) or trial(self, scheme, device.torch_name)
 
     def _product(self, scheme: Scheme) -> Function:
         assert scheme.weight is not None
@@ -132,7 +132,7 @@ def cutlass_caps(int8_from: tuple[int, int]) -> Caps:
 
 @lru_cache(maxsize=64)
 @torch.no_grad()
-def _trial(library: VendorLibrary, scheme: Scheme, device: str) -> str | None:
+def trial(library: Library, scheme: Scheme, device: str) -> str | None:
     """Quantize and multiply once on `device`, against the reference: versions differ in more than their signatures."""
     assert scheme.weight is not None
     generator = torch.Generator().manual_seed(0)

@@ -16,6 +16,7 @@ LIBRARIES.add("sgl", "lightx2v.mm.sgl:LIBRARY")
 LIBRARIES.add("deepgemm", "lightx2v.mm.deepgemm:LIBRARY")
 LIBRARIES.add("q8f", "lightx2v.mm.q8f:LIBRARY")
 LIBRARIES.add("torchao", "lightx2v.mm.torchao:LIBRARY")
+LIBRARIES.add("triton", "lightx2v.mm.triton:LIBRARY")
 LIBRARIES.add("torch_native", "lightx2v.mm.torch_native:LIBRARY")
 LIBRARIES.add("torch_scaled", "lightx2v.mm.torch_scaled:LIBRARY")
 LIBRARIES.add("outliers", "lightx2v.mm.outliers:LIBRARY")
@@ -25,7 +26,7 @@ LIBRARIES.add("angelslim", "lightx2v.mm.angelslim:LIBRARY")
 
 #: The order in which "auto", and a permitted fallback, look for a library. "angelslim" is used where it is named.
 PRIORITY = tuple(
-    "onednn vllm sgl deepgemm q8f torchao torch_native torch_scaled outliers dequantize reference".split(),
+    "onednn vllm sgl deepgemm q8f torchao triton torch_native torch_scaled outliers dequantize reference".split(),
 )
 
 
@@ -40,7 +41,6 @@ class _Absent:
 
 _ABSENT: dict[str, _Absent] = {
     "torchao_affine": _Absent(needs="another library to multiply: it is a rounding of inputs (-ActTorchaoAffine)"),
-    "triton": _Absent("triton"),
     "marlin": _Absent("marlin", pip=False),
     "lightx2v_kernel": _Absent("lightx2v_kernel", pip=False, needs="compute capability 12.0"),
     "npu": _Absent("torch_npu", needs="an Ascend NPU"),

@@ -5,12 +5,9 @@ Only layers large enough to matter are measured, and only where more than one fa
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -21,8 +18,9 @@ import lightx2v
 from lightx2v.mm.base import Packed
 from lightx2v.mm.libraries import LIBRARIES
 from lightx2v.mm.scheme import Scheme
-from lightx2v.platform import DeviceInfo, cache_folder, list_devices, synchronize
+from lightx2v.platform import DeviceInfo, list_devices, synchronize
 from lightx2v.quant.formats import quantize_leaves
+from lightx2v.tables import Table
 
 ROWS = 512
 """Rows of the product that is timed: few enough to be quick, and enough that the order is that of longer sequences."""
@@ -30,6 +28,7 @@ SMALLEST = 1 << 20
 """Weights below which a layer is not worth measuring."""
 NEAR = 1.1
 """Times that differ by less count as equal."""
+_TABLE = Table("measured.json")
 _REPEATS = 5
 _SECONDS = 0.5
 """After so long no further turn is begun: a plan should not take long, and slow products vary little."""
@@ -43,12 +42,12 @@ def ranking(scheme: Scheme, libraries: Sequence[str], n: int, k: int, device: De
     rivals = [library for library in libraries if library != "reference"]
     if len(rivals) < 2 or n * k < SMALLEST or not _is_here(device):
         return {}
-    table, key = _table(), _key(scheme, n, k, device)
+    table, key = _TABLE.read(), _key(scheme, n, k, device)
     known: dict[str, float] = table.setdefault(key, {})
     if missing := [library for library in rivals if library not in known]:
         logger.info("measuring {} for a weight of {}x{}, once: {}", ", ".join(missing), n, k, scheme.name)
         known |= _measure(scheme, missing, n, k, device)
-        _write(table)
+        _TABLE.write(table)
     order = sorted((library for library in rivals if library in known), key=lambda library: known[library])
     # A choice that hangs on noise would change results from machine to machine: the usual order holds within a tenth.
     usual = next(library for library in rivals if known[library] <= NEAR * known[order[0]])
@@ -101,22 +100,3 @@ def _measure(scheme: Scheme, libraries: Sequence[str], n: int, k: int, device: D
 
 def _call(library: str, scheme: Scheme, x: Tensor, packed: Packed) -> Callable[[], object]:
     return lambda: LIBRARIES[library].linear(scheme, x, packed, None)
-
-
-def _path() -> Path:
-    return cache_folder() / "measured.json"
-
-
-def _table() -> dict[str, dict[str, float]]:
-    """What is known of this and of other machines; nothing where the file is absent or damaged."""
-    try:
-        content = json.loads(_path().read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write(table: dict[str, dict[str, float]]) -> None:
-    temporary = _path().with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(table, indent=1, sort_keys=True), "utf-8")
-    os.replace(temporary, _path())

@@ -30,6 +30,8 @@ class _Quantizer:
     call: Callable[[Callable[..., Any], Tensor], Quantized]
     dtypes: frozenset[torch.dtype] = _FLOATS
     optional: bool = False
+    gpu: bool = False
+    """Whether it is for GPUs alone; torch gives the same codes elsewhere."""
 
 
 def column_major(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -49,6 +51,10 @@ def _pair(function: Callable[..., Any], x: Tensor) -> Quantized:
     return Quantized(codes, scale.float().view(-1, 1))
 
 
+def _own(dtype: str) -> Callable[[Callable[..., Any], Tensor], Quantized]:
+    return lambda function, x: Quantized(*function(x, dtype))
+
+
 def _sgl_fp8(function: Callable[..., Any], x: Tensor) -> Quantized:
     codes = torch.empty_like(x, dtype=torch.float8_e4m3fn)
     scale = torch.empty(x.shape[0], 1, dtype=torch.float32, device=x.device)
@@ -63,6 +69,7 @@ def _sgl_groups(function: Callable[..., Any], x: Tensor) -> Quantized:
     return Quantized(codes, scale)
 
 
+_OWN = "lightx2v.kernels.ops:"
 _QUANTIZERS: dict[tuple[str, str, str], _Quantizer] = {
     ("vllm", "fp8", "token"): _Quantizer(
         Function(("vllm._custom_ops:scaled_fp8_quant",), ("input",), ("use_per_token_if_dynamic",)), _vllm_fp8
@@ -96,6 +103,16 @@ _QUANTIZERS: dict[tuple[str, str, str], _Quantizer] = {
         ),
         _pair,
     ),
+    **{
+        ("triton", dtype, granularity): _Quantizer(
+            Function((_OWN + name,), ("x", "dtype")), _own(dtype), optional=True, gpu=True
+        )
+        for dtype, granularity, name in (
+            ("int8", "token", "quantize_tokens"),
+            ("fp8", "token", "quantize_tokens"),
+            ("fp8", "group", "quantize_groups"),
+        )
+    },
 }
 
 
@@ -114,10 +131,10 @@ def quantizer_missing(scheme: Scheme) -> str | None:
 def vendor_quantize(scheme: Scheme, x: Tensor) -> Quantized | None:
     """x [M, K] quantized by the kernel of the scheme's `act_library`; None where torch has to do it.
 
-    That is for libraries without such a kernel, and for dtypes that theirs does not take.
+    That is for libraries without such a kernel, and for dtypes and devices that theirs does not take.
     """
     quantizer = _quantizer(scheme)
-    if quantizer is None or x.dtype not in quantizer.dtypes:
+    if quantizer is None or x.dtype not in quantizer.dtypes or (quantizer.gpu and x.device.type == "cpu"):
         return None
     function = quantizer.function.find()
     return None if function.value is None else quantizer.call(function.value, x.contiguous())

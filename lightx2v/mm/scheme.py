@@ -152,7 +152,7 @@ _ALIASES = (
     *_SHORT,
     *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("torch", "reference", "vllm", "sgl", "q8f", "torchao")),
     *(f"{kind}-{name}" for kind in ("int8", "fp8") for name in ("triton", "onednn")),
-    *(f"fp8-b128-{name}" for name in ("torch", "reference", "deepgemm")),
+    *(f"fp8-b128-{name}" for name in ("torch", "reference", "deepgemm", "triton")),
     *(
         f"{kind}-{name}"
         for kind in ("fp8-pertensor", "mxfp8", "mxfp6-mxfp8", "mxfp4", "nvfp4")

@@ -6,17 +6,16 @@ Tensors are bfloat16 or float32, on the CPU, and get no gradients.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from functools import lru_cache, wraps
-from typing import Any, TypeVar
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightx2v.native.build import kernels
+from lightx2v.operators import operator
 
 DTYPES = (torch.bfloat16, torch.float32)
-Function = TypeVar("Function", bound=Callable[..., Tensor])
 
 _SIZE, _POINTER, _FLAG, _FLOAT = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int, ctypes.c_float
 _LINEAR = [_POINTER, _POINTER, _SIZE, _POINTER, *[_SIZE] * 4, _FLAG, _FLAG]
@@ -47,27 +46,6 @@ def _at(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _operator(fake: Callable[..., Tensor]) -> Callable[[Function], Function]:
-    """Make a function an operator that torch.compile keeps whole, `fake` giving its result's shape.
-
-    Outside of a compilation the function itself is called: an operator's way through the dispatcher takes longer than
-    a small kernel.
-    """
-
-    def wrap(function: Function) -> Function:
-        name = f"lightx2v::cpu_{function.__name__}"
-        operator = torch.library.custom_op(name, function, mutates_args=())
-        operator.register_fake(fake)
-
-        @wraps(function)
-        def call(*args: Any) -> Tensor:
-            return operator(*args) if torch.compiler.is_compiling() else function(*args)
-
-        return call  # type: ignore[return-value]
-
-    return wrap
-
-
 def _dense_rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
@@ -76,7 +54,7 @@ def _linear_result(kind: str, x: Tensor, x_scale: Tensor | None, n: int, *_: obj
     return x.new_empty(x.shape[0], n, dtype=x.dtype if x_scale is None else torch.float32)
 
 
-@_operator(_linear_result)
+@operator("cpu", _linear_result)
 def linear(
     kind: str,
     x: Tensor,
@@ -108,7 +86,7 @@ def linear(
     return y
 
 
-@_operator(lambda bits, x, n, *_: x.new_empty(x.shape[0], n))
+@operator("cpu", lambda bits, x, n, *_: x.new_empty(x.shape[0], n))
 def weight_only(
     bits: int,
     x: Tensor,
@@ -139,7 +117,7 @@ def weight_only(
     return y
 
 
-@_operator(lambda q, k, v, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device))
+@operator("cpu", lambda q, k, v, scale: torch.empty(q.shape, dtype=q.dtype, device=q.device))
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """q [B, L, H, D], k and v [B, S, H, D], all bfloat16 -> [B, L, H, D]."""
     q, k, v = _dense_rows(q), _dense_rows(k), _dense_rows(v)
@@ -152,7 +130,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return out
 
 
-@_operator(lambda x, factor, offset, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device))
+@operator("cpu", lambda x, factor, offset, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device))
 def layer_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The layer norm of float32 x [B, L, D] times `factor` plus `offset`, both float32 [D] or [B, 1, D], as `dtype`."""
     x, factor, offset = x.contiguous(), factor.contiguous(), offset.contiguous()
@@ -164,7 +142,7 @@ def layer_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: tor
     return y
 
 
-@_operator(lambda x, weight, cosines, sines, heads, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+@operator("cpu", lambda x, weight, cosines, sines, heads, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))
 def rms_rope(
     x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, heads: int, eps: float
 ) -> Tensor:
@@ -183,7 +161,7 @@ def rms_rope(
     return y
 
 
-@_operator(lambda x, y, gate: torch.empty_like(x))
+@operator("cpu", lambda x, y, gate: torch.empty_like(x))
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     """Float32 x [B, L, D] plus y [B, L, D] times a float32 gate [D] or [B, 1, D]: float32."""
     x, y = x.contiguous(), y.contiguous()
@@ -196,7 +174,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
-@_operator(torch.empty_like)
+@operator("cpu", torch.empty_like)
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU with the tanh approximation."""
     x = x.contiguous()

@@ -38,17 +38,15 @@ class Rounding:
     """How one library turns activations into codes: the same scheme is not the same arithmetic everywhere.
 
     `by` is what a value is multiplied or divided with: "scale" x / s, "reciprocal" x * (1 / s),
-    "levels" x * (levels / amax). `in_bfloat16` does scale and division in bfloat16, and `scale_in_bfloat16` rounds only
-    the stored scale to it, both when x is bfloat16 alone; `scale_in_float16` computes the scale of a float16 x in
-    float16. `ties_away` rounds .5 away from zero. `levels` are steps from 0 to amax, when not those of the codes:
-    codes beyond 127 are cut off.
+    "levels" x * (levels / amax). `in_bfloat16` does scale and division in bfloat16 when x is; `scale_in_float16`
+    computes the scale of a float16 x in float16. `ties_away` rounds .5 away from zero. `levels` are steps from 0 to
+    amax, when not those of the codes: codes beyond 127 are cut off.
     """
 
     by: Literal["scale", "reciprocal", "levels"]
     min_amax: float = 0.0
     min_scale: float = 0.0
     in_bfloat16: bool = False
-    scale_in_bfloat16: bool = False
     scale_in_float16: bool = False
     ties_away: bool = False
     levels: float | None = None
@@ -61,7 +59,6 @@ NATIVE = Rounding("levels")
 ANGELSLIM = Rounding("levels", min_amax=1e-12, in_bfloat16=True)
 _VLLM_FP8 = Rounding("scale", min_scale=1 / (FP8_MAX * 512))
 _TORCHAO_FP8 = Rounding("scale", min_amax=1e-8, in_bfloat16=True)
-_TRITON_FP8 = Rounding("scale", min_amax=1e-8, scale_in_bfloat16=True)
 
 #: (library, code dtype, granularity) -> its rounding, read from each library's source; others round as NATIVE.
 _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
@@ -75,7 +72,6 @@ _ROUNDINGS: dict[tuple[str, str, str], Rounding] = {
     ("torchao", "fp8", "token"): _TORCHAO_FP8,
     # torchao's choose_qparams_affine and quantize_affine; compressed-tensors has the same range
     ("torchao_affine", "int8", "token"): Rounding("reciprocal", min_scale=torch.finfo(torch.float32).eps, levels=127.5),
-    ("triton", "fp8", "token"): _TRITON_FP8,
     ("angelslim", "fp8", "tensor"): ANGELSLIM,
     ("deepgemm", "fp8", "group"): Rounding("levels", min_amax=1e-4),  # LightX2V's torch code for DeepGEMM
 }
@@ -161,8 +157,6 @@ def quantize_activation(x: Tensor, spec: QSpec, rounding: Rounding = NATIVE) -> 
             scaled = scaled.clamp_(-INT8_MAX, INT8_MAX)
         if rounding.levels:
             scaled = scaled.clamp_(-INT8_MAX - 1, INT8_MAX)
-    if rounding.scale_in_bfloat16 and x.dtype == torch.bfloat16:
-        scale = scale.to(torch.bfloat16)
     codes = scaled.to(CODE_DTYPES[spec.dtype]).flatten(1)
     return Quantized(codes[:, : x.shape[1]].contiguous(), scale.float().squeeze(2))
 

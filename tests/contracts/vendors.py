@@ -259,7 +259,7 @@ def forget() -> None:
     """Drop what the engine has found out about the installed packages, and the calls noted so far."""
     vendor.load.cache_clear()
     vendor._find.cache_clear()
-    adapter._trial.cache_clear()
+    adapter.trial.cache_clear()
     CALLS.clear()
 
 

@@ -125,7 +125,7 @@ def test_codes_are_int8_ties_as_each_library_rounds_them() -> None:
     [
         ("vllm", FP8_TOKEN, 0.0, 1 / (448 * 512)),
         ("sgl", FP8_TOKEN, 0.0, 0.0),
-        ("triton", FP8_TOKEN, 0.0, 1e-8 / 448),
+        ("triton", FP8_TOKEN, 0.0, 0.0),
         ("deepgemm", FP8_GROUP128, 1e-6, 1e-4 / 448),
         ("sgl", FP8_GROUP128, 0.0, 1e-10 / 448),
         ("torchao", INT8_TOKEN, 0.0, 1e-5),
@@ -134,14 +134,6 @@ def test_codes_are_int8_ties_as_each_library_rounds_them() -> None:
 def test_smallest_scale_of_each_library(library: str, spec: QSpec, x: float, scale: float) -> None:
     got = quantize_activation(torch.full((1, 8), x), spec, rounding_of(library, spec)).scale
     assert got.item() == pytest.approx(scale, rel=1e-6)
-
-
-def test_triton_keeps_the_scale_of_bfloat16_in_bfloat16() -> None:
-    x = torch.tensor([[1.2345, -0.5]], dtype=torch.bfloat16)
-    plain = quantize_activation(x, FP8_TOKEN, rounding_of("vllm", FP8_TOKEN))
-    triton = quantize_activation(x, FP8_TOKEN, rounding_of("triton", FP8_TOKEN))
-    assert torch.equal(triton.codes.float(), plain.codes.float())
-    assert torch.equal(triton.scale, plain.scale.bfloat16().float()) and not torch.equal(triton.scale, plain.scale)
 
 
 @pytest.mark.parametrize("fault", [float("inf"), float("nan")])

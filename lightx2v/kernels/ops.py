@@ -1,0 +1,84 @@
+"""The kernels as operators of torch, with what torch.compile must know of their results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightx2v.kernels import gemm, quantize, tiles
+from lightx2v.kernels.interpreter import mend
+from lightx2v.operators import operator
+from lightx2v.quant.numerics import CODE_DTYPES
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(fake: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Make a function that launches kernels the operator `lightx2v::triton_<its name>`."""
+
+    def wrap(function: Function) -> Function:
+        @wraps(function)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            mend()
+            return function(*args, **kwargs)
+
+        return operator("triton", fake)(run)  # type: ignore[return-value]
+
+    return wrap
+
+
+def _tokens_result(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape, dtype=CODE_DTYPES[dtype]), x.new_empty(x.shape[0], 1, dtype=torch.float32)
+
+
+@kernel(_tokens_result)
+def quantize_tokens(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes [M, K] of "int8" or "fp8" and scales [M, 1] float32."""
+    return tuple(quantize.quantize_tokens(x, dtype))  # type: ignore[return-value]
+
+
+def _groups_result(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    rows, columns = x.shape
+    filled = -(-columns // quantize.GROUP) * quantize.GROUP
+    codes = x.new_empty(rows, filled, dtype=CODE_DTYPES[dtype])
+    return codes, quantize.scales_of_groups(rows, columns, x.device)
+
+
+@kernel(_groups_result)
+def quantize_groups(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
+    """x [M, K] -> codes [M, K filled up to groups of 128] and scales [M, groups] float32, contiguous by column."""
+    return tuple(quantize.quantize_groups(x, dtype))  # type: ignore[return-value]
+
+
+def _product(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=dtype)
+
+
+@kernel(_product)
+def multiply_rows(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Codes a [M, K] times b [N, K] transposed, scales [M, 1] and [N, 1], bias [N] float32: [M, N] in `dtype`."""
+    a, b = a.contiguous(), b.contiguous()
+    key = tiles.key_of(f"{a.dtype} rows", a.shape[0], b.shape[0], a.shape[1], a.device)
+    args = (a, b, a_scale.contiguous(), b_scale.contiguous(), bias, dtype)
+    tile = tiles.fastest(key, tiles.candidates(a.device), lambda each: gemm.multiply_rows(*args, each), a.device)
+    return gemm.multiply_rows(*args, tile)
+
+
+@kernel(_product)
+def multiply_blocks(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """The same with scales [M, K/128] and [ceil(N/128), K/128], K a multiple of 128."""
+    a, b = a.contiguous(), b.contiguous()
+    key = tiles.key_of(f"{a.dtype} blocks", a.shape[0], b.shape[0], a.shape[1], a.device)
+    args = (a, b, a_scale, b_scale.contiguous(), bias, dtype)
+    tile = tiles.fastest(
+        key, tiles.block_candidates(a.device), lambda each: gemm.multiply_blocks(*args, each), a.device
+    )
+    return gemm.multiply_blocks(*args, tile)

@@ -1,0 +1,105 @@
+"""Activations [M, K] to codes and scales: one scale for each token, or for each 128 values of one."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightx2v.kernels.launch import row_warps
+from lightx2v.kernels.rounding import codes_of, factor_of, largest
+from lightx2v.quant.numerics import CODE_DTYPES, FP8_MAX, INT8_MAX, Quantized
+
+GROUP = 128
+_COLUMNS = 2048
+"""Columns of groups that one program takes."""
+_ALIGNED = 4
+"""float32 scales in the 16 bytes that columns of scales are aligned to."""
+
+
+def levels_of(dtype: str) -> float:
+    """What the largest value becomes: of "int8" or "fp8"."""
+    return float(INT8_MAX) if dtype == "int8" else FP8_MAX
+
+
+@triton.jit
+def _tokens(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    K: tl.tensor,
+    LEVELS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """x [M, K] -> codes [M, K], scales [M]. A program has a row, which it reads once."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < K
+    values = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
+    amax = largest(values, 0)
+    tl.store(scales + row, tl.div_rn(amax, LEVELS))
+    tl.store(codes + row * K + columns, codes_of(values, factor_of(amax, LEVELS), INTEGER), mask=inside)
+
+
+@triton.jit
+def _groups(
+    x: tl.tensor,
+    codes: tl.tensor,
+    scales: tl.tensor,
+    stride: tl.tensor,
+    scale_stride: tl.tensor,
+    K: tl.tensor,
+    FILLED: tl.tensor,
+    LEVELS: tl.constexpr,
+    INTEGER: tl.constexpr,
+    GROUPS: tl.constexpr,
+) -> None:
+    """x [M, K] -> codes [M, FILLED], scales [M, FILLED / 128] whose columns are `scale_stride` apart."""
+    row = tl.program_id(0).to(tl.int64)
+    groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    columns = groups[:, None] * 128 + tl.arange(0, 128)[None, :]
+    values = tl.load(x + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32)
+    amax = largest(values, 1)
+    tl.store(scales + row + groups * scale_stride, tl.div_rn(amax, LEVELS), mask=groups * 128 < FILLED)
+    made = codes_of(values, factor_of(amax, LEVELS)[:, None], INTEGER)
+    tl.store(codes + row * FILLED + columns, made, mask=columns < FILLED)
+
+
+def quantize_tokens(x: Tensor, dtype: str) -> Quantized:
+    """x [M, K] of any floating dtype -> codes [M, K] of "int8" or "fp8", scales [M, 1] float32."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    codes = torch.empty(rows, columns, dtype=CODE_DTYPES[dtype], device=x.device)
+    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(columns)
+    _tokens[(rows,)](
+        x, codes, scales, x.stride(0), columns,
+        LEVELS=levels_of(dtype), INTEGER=dtype == "int8", BLOCK=block,
+        num_warps=row_warps(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return Quantized(codes, scales)
+
+
+def scales_of_groups(rows: int, columns: int, device: torch.device) -> Tensor:
+    """Uninitialized float32 [rows, ceil(columns / 128)], each column contiguous and 16-byte aligned."""
+    aligned = -(-rows // _ALIGNED) * _ALIGNED
+    return torch.empty_strided((rows, -(-columns // GROUP)), (1, aligned), dtype=torch.float32, device=device)
+
+
+def quantize_groups(x: Tensor, dtype: str) -> Quantized:
+    """x [M, K] -> codes [M, K filled up to whole groups of 128], scales [M, groups] with contiguous columns."""
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, columns = x.shape
+    filled = -(-columns // GROUP) * GROUP
+    codes = torch.empty(rows, filled, dtype=CODE_DTYPES[dtype], device=x.device)
+    scales = scales_of_groups(rows, columns, x.device)
+    block = min(_COLUMNS, triton.next_power_of_2(filled))
+    _groups[(rows, triton.cdiv(filled, block))](
+        x, codes, scales, x.stride(0), scales.stride(1), columns, filled,
+        LEVELS=levels_of(dtype), INTEGER=dtype == "int8", GROUPS=block // GROUP,
+        num_warps=row_warps(block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return Quantized(codes, scales)
