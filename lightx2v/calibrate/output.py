@@ -13,8 +13,9 @@ from loguru import logger
 from torch import Tensor
 
 from lightx2v import __version__
+from lightx2v.calibrate.part import PartResult
 from lightx2v.calibrate.report import LayerReport
-from lightx2v.calibrate.solve import Solved
+from lightx2v.calibrate.walk import Part
 from lightx2v.convert.configs import write_json
 from lightx2v.convert.planning import INDEX
 from lightx2v.io.declared import declare_layers
@@ -49,19 +50,19 @@ class Output:
             logger.info("{} of {} parts are there from an earlier run", done, len(parts))
         return done
 
-    def write(
-        self, part: str, prefix: str, source: Source, solved: Mapping[str, Solved], schemes: Mapping[str, Scheme]
-    ) -> None:
+    def write(self, part: Part, source: Source, result: PartResult, schemes: Mapping[str, Scheme]) -> None:
         """The tensors of one part: those that were made, and the others as they are."""
-        told = {name: {"mm_type": short_name(schemes[name]), **one.told} for name, one in solved.items()}
-        write_json(self._told(part), told)
-        replaced = {f"{name}.weight" for name in solved}
-        names = [name for name in source.names if name.startswith(prefix) and name not in replaced]
+        solved = result.solved
+        told = {name: {"mm_type": declared_name(schemes[name]), **one.told} for name, one in solved.items()}
+        write_json(self._told(part.name), told)
+        replaced = {f"{name}.weight" for name in solved} | result.edited.keys()
+        names = [name for name in source.names if name.startswith(part.prefix) and name not in replaced]
         tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in source.read(names)}
+        tensors |= result.edited
         for name, one in solved.items():
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in one.leaves.items()}
-        declared = declare_layers({name: declared_name(schemes[name]) for name in solved})
-        write_safetensors(self._file(part), tensors, {"lightx2v": __version__, **declared})
+        declared = declare_layers({name: declared_name(schemes[name]) for name in solved}, result.folded)
+        write_safetensors(self._file(part.name), tensors, {"lightx2v": __version__, **declared})
 
     def write_rest(self, prefixes: Sequence[str], source: Source) -> None:
         """What is in no part."""
@@ -107,8 +108,3 @@ class Output:
 def declared_name(scheme: Scheme) -> str:
     """A scheme without its library, as files say it."""
     return scheme.with_library("auto").name.removesuffix("-Auto")
-
-
-def short_name(scheme: Scheme) -> str:
-    """The mm_type of a scheme without its library."""
-    return declared_name(scheme)

@@ -6,36 +6,29 @@ what is left of the weight, and the range of the input where the mm_type has a c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from lightx2v.calibrate.fake import fake_weight
 from lightx2v.config.calibration import CalibrationConfig
 from lightx2v.errors import ConfigError
 from lightx2v.mm.scheme import Scheme
-from lightx2v.quant.activations import quantize_input
 from lightx2v.quant.around import Around, around_leaves, fold_around
 from lightx2v.quant.blocks import global_scale
 from lightx2v.quant.calibration.gptq import gptq
 from lightx2v.quant.calibration.hqq import hqq
-from lightx2v.quant.calibration.lowrank import decompose, truncated_svd
+from lightx2v.quant.calibration.lowrank import decompose
 from lightx2v.quant.calibration.observers import InputStatistics
 from lightx2v.quant.calibration.ranges import find_range, range_parameters
 from lightx2v.quant.calibration.rotation import fold_down, fold_gram
-from lightx2v.quant.calibration.search import OutputError, awq_search, flexible_search, svdquant_search
-from lightx2v.quant.calibration.smoothing import balance, iterative_smooth, smoothquant, weight_absmax
 from lightx2v.quant.calibration.solved import grid_of, solvable, solved_leaves
-from lightx2v.quant.formats import dequantize_leaves, quantize_leaves, written_leaves
+from lightx2v.quant.formats import quantize_leaves, written_leaves
 from lightx2v.quant.hadamard import LARGEST, rotation_size
-from lightx2v.quant.numerics import FP8_MAX, Quantized
+from lightx2v.quant.numerics import FP8_MAX
 from lightx2v.quant.spec import INT8_STEPS, QSpec
-
-ALPHAS = {"smoothquant": 0.5, "iterative": 0.9}
-"""Where the configuration gives none."""
 
 
 @dataclass(frozen=True)
@@ -72,47 +65,18 @@ def rotation_of(recipe: CalibrationConfig, k: int) -> int:
     return rotation_size(k) if recipe.rotation == "auto" else min(recipe.rotation, rotation_size(k))
 
 
-def is_smoothed(recipe: CalibrationConfig, name: str) -> bool:
-    """Whether the recipe balances the channels of a layer."""
-    return recipe.smooth != "none" and any(fnmatchcase(name, glob) for glob in recipe.smooth_layers)
-
-
-def find_multiplier(
-    recipe: CalibrationConfig, scheme: Scheme, weights: list[Tensor], seen: InputStatistics, rotation: int
-) -> Tensor:
-    """The multiplier [K], float32, of the input of `weights`, each [N, K]."""
-    alpha = recipe.alpha
-    if recipe.smooth == "smoothquant":
-        return smoothquant(seen.absmax, weights, ALPHAS["smoothquant"] if alpha is None else alpha)
-    if recipe.smooth == "iterative":
-        return iterative_smooth(seen.absmax, weights, ALPHAS["iterative"] if alpha is None else alpha)
-    if alpha is not None and recipe.beta is not None:
-        return balance(seen.absmax, weight_absmax(weights), alpha, recipe.beta)
-    assert scheme.weight is not None and seen.sample is not None
-    low_rank = partial(_factors, rank=recipe.rank) if recipe.smooth == "svdquant" and recipe.rank else None
-    error = OutputError(
-        seen.sample.rows.to(weights[0].device),
-        weights,
-        fake_weight(scheme.weight),
-        fake_input(scheme.activation),
-        low_rank,
-        rotation,
-    )
-    if recipe.smooth == "awq":
-        return awq_search(seen.mean_abs, weights, error).multiplier
-    search = flexible_search if recipe.smooth == "flexible" else svdquant_search
-    return search(seen.absmax, weights, error).multiplier
-
-
-def _factors(smoothed: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    down, up = truncated_svd(smoothed, rank)
-    return down, up
-
-
 def solve_layer(
-    recipe: CalibrationConfig, scheme: Scheme, weight: Tensor, seen: InputStatistics, around: Around
+    recipe: CalibrationConfig,
+    scheme: Scheme,
+    weight: Tensor,
+    seen: InputStatistics,
+    around: Around,
+    multiplied: bool = False,
 ) -> Solved:
-    """The tensors of a weight [N, K] under the multiplier and rotation of `around`, but for the range of its input."""
+    """The tensors of a weight [N, K] under the multiplier and rotation of `around`, but for the range of its input.
+
+    `multiplied`: what makes the input will give it times the multiplier, which is then not stored.
+    """
     spec = scheme.weight
     assert spec is not None
     folded = fold_around(weight, around.multiplier, around.rotation)
@@ -121,12 +85,13 @@ def solve_layer(
     if recipe.rank:
         rows = None if seen.sample is None else around.input(seen.sample.rows.to(folded.device).float())
         found = decompose(folded, recipe.rank, fake_weight(spec), rows=rows, iterations=recipe.iterations)
-        down = fold_down(found.down, around.multiplier, around.rotation)
+        down = fold_down(found.down, None if multiplied else around.multiplier, around.rotation)
         branch = {"lowrank_down": down.bfloat16(), "lowrank_up": found.up.bfloat16()}
         told |= {"rank": recipe.rank, "refinements": len(found.errors)}
         folded = found.residual
     leaves = written_leaves(_rounded(recipe, spec, folded, seen, around), spec)
-    return Solved({**leaves, **around_leaves(around), **branch}, told)
+    stored = Around(None if multiplied else around.multiplier, around.rotation)
+    return Solved({**leaves, **around_leaves(stored), **branch}, told)
 
 
 def _rounded(
@@ -190,42 +155,3 @@ def plain_leaves(scheme: Scheme, weight: Tensor, rows: Tensor) -> dict[str, Tens
         seen.update(rows)
         leaves |= input_leaves(CalibrationConfig(), scheme.activation, {0: seen}, [0], 1)
     return leaves
-
-
-def fake_weight(spec: QSpec) -> Callable[[Tensor], Tensor]:
-    """From a weight [N, K] to what its codes stand for."""
-    return lambda weight: dequantize_leaves(quantize_leaves(weight, spec), spec)[:, : weight.shape[1]]
-
-
-def fake_input(spec: QSpec | None) -> Callable[[Tensor], Tensor] | None:
-    """From an input [M, K] to what its codes stand for; None where inputs stay as they are."""
-    if spec is None:
-        return None
-    if spec.is_calibrated:
-        return lambda x: _whole(x, symmetric=spec.symmetric)
-
-    def fake(x: Tensor) -> Tensor:
-        codes, scale = quantize_input(x, spec)
-        if spec.dtype == "nvfp4":
-            codes, scale = codes, scale[:, :-1] * scale[:, -1:]
-        return _values(Quantized(codes, scale), spec)[:, : x.shape[1]]
-
-    return fake
-
-
-def _values(x: Quantized, spec: QSpec) -> Tensor:
-    size = spec.size or x.codes.shape[1]
-    return (
-        x.codes.float().unflatten(1, (-1, size)) * x.scale.float().reshape(-1, x.codes.shape[1] // size, 1)
-    ).flatten(1)
-
-
-def _whole(x: Tensor, symmetric: bool) -> Tensor:
-    """int8 with one scale for all of x."""
-    low, high = float(x.min()), float(x.max())
-    if symmetric:
-        scale = max(-low, high, 1e-12) / 127
-        return (x / scale).round() * scale
-    scale = max(high - low, 1e-12) / 255
-    zero = round(-128 - low / scale)
-    return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale

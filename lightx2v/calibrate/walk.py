@@ -24,6 +24,7 @@ from lightx2v.foreign.layers import SENSITIVE
 from lightx2v.io.source import CheckpointSource, Source
 from lightx2v.io.weights import Checkpoint, stream_into
 from lightx2v.models.base import Stream
+from lightx2v.models.fold import Foldable
 from lightx2v.plan import Plan
 from lightx2v.runner import Runner
 
@@ -42,6 +43,10 @@ class Part:
     module: nn.Module
     run: Callable[[OnStep], None]
     """Run it on everything that the calibration puts into it."""
+    foldable: tuple[Foldable, ...] = ()
+    """What may stand before its linears."""
+    model: Any = None
+    """The transformer that it is a block of; None for a model that is no `DiT`."""
 
 
 class Walk(Protocol):
@@ -125,7 +130,8 @@ class BlockWalk:
         for number in range(start, len(self.blocks)):
             name, block = self.blocks[number]
             self._fill(f"{name}.", block)
-            yield Part(self.names[number], f"{name}.", block, self._runs(number, block, switch, None))
+            run, foldable = self._runs(number, block, switch, None), self.plan.family.foldable
+            yield Part(self.names[number], f"{name}.", block, run, foldable, self.model)
             self._advance(number, switch)
 
     def blocks_run(self) -> Iterator[tuple[Part, Callable[..., Stream]]]:

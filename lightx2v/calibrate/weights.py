@@ -5,36 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
 from tqdm import tqdm
 
 from lightx2v import __version__, foreign
 from lightx2v.calibrate.output import Output
+from lightx2v.calibrate.part import PartSolver
 from lightx2v.calibrate.report import Report, render
 from lightx2v.calibrate.rules import bits_per_weight
-from lightx2v.calibrate.solve import (
-    Solved,
-    check_recipe,
-    find_multiplier,
-    input_leaves,
-    is_smoothed,
-    rotation_of,
-    solve_layer,
-    wants_range,
-)
+from lightx2v.calibrate.solve import check_recipe
+from lightx2v.calibrate.steps import StepGroups
 from lightx2v.calibrate.target import Chooser, Chosen, Goal, search_folder
-from lightx2v.calibrate.trial import output_error
-from lightx2v.calibrate.walk import BlockWalk, Part, PipelineWalk, Walk
-from lightx2v.calibrate.watch import Wants, Watch, shared_inputs
-from lightx2v.config.calibration import CalibrationConfig
+from lightx2v.calibrate.walk import BlockWalk, PipelineWalk, Walk
 from lightx2v.config.features import CacheConfig
 from lightx2v.config.schema import Config, MMConfig
 from lightx2v.convert.configs import write_json
@@ -44,9 +31,7 @@ from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import Scheme, parse
 from lightx2v.mm.select import match_rules, matcher
 from lightx2v.plan import Plan
-from lightx2v.platform import DeviceInfo, peak_memory, select_device
-from lightx2v.quant.around import Around
-from lightx2v.quant.spec import INT8_STEPS
+from lightx2v.platform import peak_memory, select_device
 from lightx2v.runner import open_plan
 
 _STAGING = ".incomplete"
@@ -80,25 +65,6 @@ def schemes_of(config: Config, layers: Iterable[str], sensitive: Sequence[str]) 
     return {name: scheme for name, scheme in found.items() if scheme.weight is not None}
 
 
-@dataclass(frozen=True)
-class StepGroups:
-    """How the steps of a request fall into groups for scales that change: none before the first, then equal parts."""
-
-    first: tuple[int, ...]
-    steps: int
-
-    @staticmethod
-    def of(recipe: CalibrationConfig, steps: int) -> StepGroups:
-        start = min(round(recipe.dynamic_share * steps), steps - 1)
-        parts = min(recipe.step_groups, steps - start)
-        return StepGroups(tuple(start + part * (steps - start) // parts for part in range(parts)), steps)
-
-    def key(self, step: int, steps: int) -> int:
-        """The group of a step; -1 for one whose scales are found per token."""
-        there = step * self.steps // steps
-        return sum(first <= there for first in self.first) - 1
-
-
 def calibrate(config: Config, prompts: Sequence[str], output: Path) -> Report:
     """Make quantized weights in the folder `output`. What an interrupted run has finished is kept.
 
@@ -120,8 +86,7 @@ def calibrate(config: Config, prompts: Sequence[str], output: Path) -> Report:
             walk.prepare(prompts, recipe.forwards)
         for part in walk.parts(done):
             here = {name: scheme for name, scheme in schemes.items() if name.startswith(part.prefix)}
-            solved = calibrate_part(part, here, recipe, steps, plan.device)
-            made.write(part.name, part.prefix, walk.source, solved, schemes)
+            made.write(part, walk.source, PartSolver(part, here, recipe, steps, plan.device).solve(), schemes)
             bar.update()
     made.write_rest(walk.prefixes, walk.source)
     walk.finish()
@@ -136,76 +101,6 @@ def calibrate(config: Config, prompts: Sequence[str], output: Path) -> Report:
     )
     made.publish(walk.names, report.to_json())
     return report
-
-
-def calibrate_part(
-    part: Part, schemes: Mapping[str, Scheme], recipe: CalibrationConfig, steps: StepGroups, device: DeviceInfo
-) -> dict[str, Solved]:
-    """The tensors of the layers of one part, by full name."""
-    local = {name.removeprefix(part.prefix): scheme for name, scheme in schemes.items()}
-    groups = shared_inputs(part.module, list(local))
-    linears: dict[str, Any] = {name: part.module.get_submodule(name) for name in local}
-    weights = {name: linear.weight.detach().float() for name, linear in linears.items()}
-    ranged = {name for name, members in groups.items() if any(wants_range(local[one].activation) for one in members)}
-    stepwise = any(scheme.activation == INT8_STEPS for scheme in local.values())
-    seen = Watch(groups, _wants(recipe, bool(ranged)), steps.key if stepwise else lambda step, steps: 0)
-    with seen.attached(part.module):
-        part.run(seen.at)
-    around = {
-        name: _around(recipe, f"{part.prefix}{name}", [weights[one] for one in members], local[members[0]], seen, name)
-        for name, members in groups.items()
-    }
-    ranges = seen
-    if changed := {name: groups[name] for name in ranged if around[name].before}:
-        # Ranges are those of the inputs as they will be quantized.
-        ranges = Watch(changed, Wants(bins=4096), seen.key)
-        with ranges.attached(part.module, around):
-            part.run(ranges.at)
-    solved: dict[str, Solved] = {}
-    for name, members in groups.items():
-        total = seen.total(name)
-        for one in members:
-            scheme = local[one]
-            found = solve_layer(recipe, scheme, weights[one], total, around[name])
-            leaves = dict(found.leaves)
-            if scheme.activation is not None and wants_range(scheme.activation):
-                by_steps = (ranges if name in changed else seen).found[name]
-                leaves |= input_leaves(
-                    recipe, scheme.activation, _static(by_steps, steps, scheme), list(steps.first), steps.steps
-                )
-            assert total.sample is not None
-            error = output_error(scheme, leaves, weights[one], total.sample.rows, device)
-            solved[f"{part.prefix}{one}"] = Solved(leaves, {**found.told, "error": error})
-    return solved
-
-
-def _static(by_steps: Mapping[int, Any], steps: StepGroups, scheme: Scheme) -> Mapping[int, Any]:
-    """Statistics of the groups of steps that have scales of their own; of all steps where there is but one."""
-    if scheme.activation == INT8_STEPS:
-        # A group that no forward fell into takes the nearest that has seen some.
-        known = sorted(by_steps)
-        return {group: by_steps[min(known, key=lambda one: abs(one - group))] for group in range(len(steps.first))}
-    merged = None
-    for one in by_steps.values():
-        if merged is None:
-            merged = type(one).from_state(one.state())
-        else:
-            merged.merge(one)
-    return {0: merged}
-
-
-def _wants(recipe: CalibrationConfig, ranged: bool) -> Wants:
-    return Wants(bins=4096 if ranged else 0, gram=recipe.solver == "gptq", rows=recipe.rows)
-
-
-def _around(
-    recipe: CalibrationConfig, full_name: str, weights: list[Tensor], scheme: Scheme, seen: Watch, name: str
-) -> Around:
-    rotation = rotation_of(recipe, weights[0].shape[1])
-    multiplier = None
-    if is_smoothed(recipe, full_name):
-        multiplier = find_multiplier(recipe, scheme, weights, seen.total(name), rotation)
-    return Around(multiplier, rotation)
 
 
 def _identity(config: Config, prompts: Sequence[str], plan: Plan | foreign.PipelinePlan) -> str:

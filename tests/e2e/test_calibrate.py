@@ -17,7 +17,9 @@ from lightx2v.calibrate import weights
 from lightx2v.calibrate.cli import main
 from lightx2v.calibrate.output import Output
 from lightx2v.calibrate.report import Report
-from lightx2v.calibrate.weights import StepGroups, calibrate
+from lightx2v.calibrate.steps import StepGroups
+from lightx2v.calibrate.walk import Part
+from lightx2v.calibrate.weights import calibrate
 from lightx2v.config.calibration import CalibrationConfig
 from lightx2v.config.load import load_config
 from lightx2v.errors import ConfigError
@@ -74,18 +76,46 @@ def test_a_recipe_is_followed_and_runs(
     assert psnr(frames(tmp_path), plain) > least
     tensors = load_file(tmp_path / "block_1.safetensors")
     layer = "blocks.1.ffn.0"
-    spans = "smooth" in recipe
-    assert (f"{layer}.input_multiplier" in tensors) == spans
+    if "smooth" not in recipe:
+        assert not any(name.endswith(".input_multiplier") for name in tensors)
     assert (f"{layer}.input_rotation" in tensors) == ("rotation" in recipe)
     assert (f"{layer}.lowrank_up" in tensors) == ("rank" in recipe)
-    if "q" in recipe:
-        assert tensors["blocks.1.self_attn.q.input_multiplier"].equal(tensors["blocks.1.self_attn.k.input_multiplier"])
     if mm_type == "int8-timestep":
         assert tensors[f"{layer}.input_steps"].tolist() == [STEPS, 2, 3]
         assert tensors[f"{layer}.input_scale"].shape == (2,)
     told = json.loads((tmp_path / "calibration.json").read_text())
     assert told["layers"][layer]["error"] == pytest.approx(report.layers[layer].error)
     assert not (tmp_path / ".incomplete").exists()
+
+
+def test_multipliers_go_into_norms_and_values_where_they_can(tmp_path: Path, plain: np.ndarray) -> None:
+    kept, folded = tmp_path / "kept", tmp_path / "folded"
+    smooth = {"smooth": "awq", "observer": "histogram"}
+    made(kept, "int4-w4a4", sensitive="none", fold=False, **smooth)
+    made(folded, "int4-w4a4", sensitive="none", **smooth)
+    stored, without = load_file(kept / "block_1.safetensors"), load_file(folded / "block_1.safetensors")
+    gone = {name for name in stored.keys() - without.keys()}
+    assert gone and gone <= {
+        f"blocks.1.{at}.input_multiplier" for at in ("cross_attn.q", "cross_attn.o", "self_attn.o")
+    }
+    changed = {name for name in without if name in stored and not stored[name].equal(without[name])}
+    assert changed and not any(name.startswith(("blocks.1.ffn", "blocks.1.self_attn.k")) for name in changed)
+    if "blocks.1.cross_attn.q.input_multiplier" in gone:
+        factor = without["blocks.1.norm3.weight"] / stored["blocks.1.norm3.weight"]
+        torch.testing.assert_close(factor, stored["blocks.1.cross_attn.q.input_multiplier"], rtol=1e-2, atol=1e-2)
+    assert abs(psnr(frames(kept), plain) - psnr(frames(folded), plain)) < 2.5
+
+
+def test_scales_of_attention_come_with_the_weights(tmp_path: Path, plain: np.ndarray) -> None:
+    made(tmp_path, "int8", smooth="awq", attention=True)
+    tensors = load_file(tmp_path / "block_0.safetensors")
+    assert {name.rpartition(".")[0] for name in tensors if name.endswith("_scales.q")} == {
+        "blocks.0.self_attn.attn_scales",
+        "blocks.0.cross_attn.attn_scales",
+    }
+    quantized = frames(tmp_path, **{"attention.type": "fa3_int8_static_ref"})
+    assert psnr(quantized, plain) > 28
+    assert not np.array_equal(quantized, frames(tmp_path))
 
 
 def test_what_a_recipe_adds_lowers_the_error_of_layers(tmp_path: Path) -> None:
@@ -103,9 +133,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     whole = made(tmp_path / "whole", "int8-static")
     write, calls = Output.write, []
 
-    def stop(self: Output, part: str, *args: Any) -> None:
-        if part == "block_2" and not calls:
-            calls.append(part)
+    def stop(self: Output, part: Part, *args: Any) -> None:
+        if part.name == "block_2" and not calls:
+            calls.append(part.name)
             raise KeyboardInterrupt
         write(self, part, *args)
 
@@ -113,8 +143,8 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         made(tmp_path / "parts", "int8-static")
     assert not (tmp_path / "parts" / "block_0.safetensors").exists(), "nothing looks whole"
-    parts, seen = weights.calibrate_part, []
-    monkeypatch.setattr(weights, "calibrate_part", lambda part, *rest: seen.append(part.name) or parts(part, *rest))
+    solver, seen = weights.PartSolver, []
+    monkeypatch.setattr(weights, "PartSolver", lambda part, *rest: seen.append(part.name) or solver(part, *rest))
     again = made(tmp_path / "parts", "int8-static")
     assert seen == ["block_2", "block_3"]
     assert again.layers == whole.layers
@@ -125,7 +155,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
 
 
 def test_another_recipe_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Output, part: str, *args: Any) -> None:
+    def stop(self: Output, part: Part, *args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
