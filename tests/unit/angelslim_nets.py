@@ -53,6 +53,7 @@ def seeded(module: type[nn.Module] = Net, seed: int = 0) -> nn.Module:
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:
+    got, wanted = got.detach(), wanted.detach()
     return float((got.double() - wanted.double()).norm() / wanted.double().norm())
 
 

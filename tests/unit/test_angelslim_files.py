@@ -11,6 +11,7 @@ from diffusers import WanTransformer3DModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel
 
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.integrations.diffusers import DynamicDiTQuantizer, load_quantized_model
@@ -101,6 +102,21 @@ def test_the_two_files_hold_what_they_say(quant_type: str, tmp_path: Path) -> No
     assert {parse(mm_type).weight.granularity for mm_type in said["layers"].values()} == {  # type: ignore[union-attr]
         {"fp8-per-block": "block"}.get(quant_type, "tensor" if "tensor" in quant_type else "channel")
     }
+
+
+def test_a_text_encoder_of_transformers_comes_back(tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=32, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu"
+    )
+    model = T5EncoderModel(config).eval()
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        plain = model(tokens).last_hidden_state
+        DynamicDiTQuantizer("fp8-per-token", include_patterns=[]).export_quantized_weight(model, tmp_path)
+        loaded = load_quantized_model(T5EncoderModel, tmp_path)
+        got = loaded(tokens).last_hidden_state
+        assert torch.equal(got, model(tokens).last_hidden_state)
+    assert relative(got, plain) < 0.1 and sum(isinstance(module, MovableLinear) for module in loaded.modules()) == 14
 
 
 def test_a_model_that_is_quantized_is_written_as_it_is(tmp_path: Path) -> None:

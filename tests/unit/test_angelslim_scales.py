@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -140,30 +141,47 @@ def test_layers_without_a_scale_stay_and_scales_without_a_layer_are_told() -> No
     assert report.skipped["blocks.1.up"] == "no scale is given for it" and report.unused == ("gone",)
 
 
-BAD: list[tuple[str, object, str]] = [
-    ("fp8-per-tensor", {}, "is empty"),
-    ("fp8-per-tensor", 0.5, "is a float"),
-    ("fp8-per-tensor", torch.ones(3), "is a Tensor"),
-    ("fp8-per-tensor", "no/such/file.safetensors", "no such"),
-    ("fp8-per-tensor", {"other": torch.tensor(1.0)}, "fits no linear layer"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.ones(7)}, r"blocks\.0\.up.*shape \[7\]"),
-    ("fp8-per-token", {"blocks.0.up": torch.ones(200, 1)}, r"shape \[200, 1\]"),
-    ("fp8-per-block", {"blocks.0.up": torch.ones(1, 2)}, r"shape \[1, 2\]"),
-    ("fp8-per-block", {"blocks.0.up": torch.ones(2)}, r"shape \[2\]"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.tensor(float("nan"))}, "inf or NaN"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.tensor(-1.0)}, "negative"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.tensor(0.0)}, "beyond the largest code|would be lost"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.tensor(1e-6)}, "beyond the largest code"),
-    ("fp8-per-tensor", {"blocks.0.up": torch.tensor(3)}, "floating-point"),
+NO_SCALES: list[tuple[Any, str]] = [
+    ({}, "is empty"),
+    (0.5, "is a float"),
+    (torch.ones(3), "is a Tensor"),
+    ("no/such/file.safetensors", "no such"),
+    ({"other": torch.tensor(1.0)}, "fits no linear layer"),
+]
+BAD: list[tuple[str, Tensor, str]] = [
+    ("fp8-per-tensor", torch.ones(7), r"shape \[7\]"),
+    ("fp8-per-token", torch.ones(136, 1), r"shape \[136, 1\]"),
+    ("fp8-per-block", torch.ones(1, 2), r"shape \[1, 2\]"),
+    ("fp8-per-block", torch.ones(2), r"shape \[2\]"),
+    ("fp8-per-tensor", torch.tensor(float("nan")), "inf or NaN"),
+    ("fp8-per-tensor", torch.tensor(-1.0), "negative"),
+    ("fp8-per-tensor", torch.tensor(0.0), "beyond the largest code"),
+    ("fp8-per-tensor", torch.tensor(1e-6), "beyond the largest code"),
+    ("fp8-per-tensor", torch.tensor(3), "its scale is int64"),
 ]
 
 
-@pytest.mark.parametrize(("quant_type", "scale", "said"), BAD)
-def test_what_cannot_be_is_refused_and_the_model_stays(quant_type: str, scale: object, said: str) -> None:
+def unchanged(model: nn.Module) -> bool:
+    return not any(isinstance(module, MovableLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize(("scale", "said"), NO_SCALES)
+def test_what_has_no_scales_is_refused(scale: Any, said: str) -> None:
     model = seeded()
     with pytest.raises((ConfigError, CheckpointError), match=said):
-        DynamicDiTQuantizer(quant_type).convert_linear(model, scale=scale)
-    assert not any(isinstance(module, MovableLinear) for module in model.modules())
+        DynamicDiTQuantizer().convert_linear(model, scale=scale)
+    assert unchanged(model)
+
+
+@pytest.mark.parametrize(("quant_type", "bad", "said"), BAD)
+def test_a_scale_that_cannot_be_is_refused_before_any_layer_is_exchanged(
+    quant_type: str, bad: Tensor, said: str
+) -> None:
+    _, scales = quantized(quant_type)
+    model = seeded()
+    with pytest.raises(CheckpointError, match=rf"blocks\.1\.down.*{said}"):
+        DynamicDiTQuantizer(quant_type).convert_linear(model, scale=scales | {"blocks.1.down.weight_scale": bad})
+    assert unchanged(model)
 
 
 def test_a_scale_of_zero_is_no_missing_scale() -> None:

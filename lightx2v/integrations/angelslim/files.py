@@ -11,6 +11,7 @@ does: `quantization`, JSON with `quant_type` and the mm_type of each layer.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from itertools import chain
@@ -28,7 +29,7 @@ from lightx2v.foreign.index import ModelPart, read_json, weights_in
 from lightx2v.integrations.angelslim.scales import SCALES_FILE, fit
 from lightx2v.integrations.angelslim.types import NAMES, Planner, QuantType, Rounding, find_type
 from lightx2v.integrations.linear import MovableLinear, replace_module
-from lightx2v.io.dtypes import TORCH_DTYPES
+from lightx2v.io.dtypes import FLOAT_NAMES, TORCH_DTYPES
 from lightx2v.io.weights import Checkpoint, stream_into, write_safetensors
 
 MODEL_FILE = "model.safetensors"
@@ -78,9 +79,10 @@ def load_quantized_model(
 ) -> nn.Module:
     """The model of an export of any of the five kinds, AngelSlim's or ours, on `device` and in evaluation mode.
 
-    `model` is a class of diffusers, whose config.json is read; any other class, called without arguments; or a module,
-    which is filled. Every tensor keeps the dtype that it has in the file. `quant_type` is what the file says, and what
-    the shapes of the scales allow where it says nothing: AngelSlim's weight-only files are named by the caller.
+    `model` is a class of diffusers or transformers, whose config.json is read; any other class, called without
+    arguments; or a module, which is filled. Every tensor keeps the dtype that it has in the file. `quant_type` is what
+    the file says, and what the shapes of the scales allow where it says nothing: AngelSlim's weight-only files are
+    named by the caller.
     Raises CheckpointError for files and models that do not belong together, ConfigError for an unknown quant_type.
     """
     folder, place = Path(save_path).expanduser(), torch.device(device)
@@ -136,9 +138,14 @@ def _scale_of(checkpoint: Checkpoint, scales: Mapping[str, Tensor], name: str) -
 
 
 def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
-    """What a layer's weight was before it was quantized, as far as the file tells."""
+    """What a layer's weight was before it was quantized, as far as the file tells: as its bias or as most tensors."""
     bias = checkpoint.tensors.get(f"{name}.bias")
-    return TORCH_DTYPES[bias.dtype] if bias is not None else torch.bfloat16
+    if bias is not None:
+        return TORCH_DTYPES[bias.dtype]
+    plain = Counter(
+        info.dtype for key, info in checkpoint.tensors.items() if info.dtype in FLOAT_NAMES and not key.endswith(_SCALE)
+    )
+    return TORCH_DTYPES[plain.most_common(1)[0][0]] if plain else torch.bfloat16
 
 
 def _empty(model: Any, folder: Path) -> nn.Module:
@@ -146,7 +153,7 @@ def _empty(model: Any, folder: Path) -> nn.Module:
         return model
     if not isinstance(model, type):
         raise ConfigError("model", f"is a {type(model).__name__}", allowed="a class of models, or a module")
-    if hasattr(model, "load_config"):
+    if hasattr(model, "load_config") or hasattr(model, "config_class"):
         part = ModelPart(folder.name, model, folder, read_json(folder / "config.json"))
         return empty_model(part, torch.bfloat16)
     made: nn.Module = model()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lightx2v.foreign.build import is_fp32
 from lightx2v.integrations.angelslim.files import load_quantized_model, weight_scales, write_export
 from lightx2v.integrations.angelslim.patterns import EXCLUDE, INCLUDE, NameFilter, Pattern
 from lightx2v.integrations.angelslim.report import Report
-from lightx2v.integrations.angelslim.scales import key_of, read_scales, with_scale
+from lightx2v.integrations.angelslim.scales import Scales, key_of, read_scales, with_scale
 from lightx2v.integrations.angelslim.types import Planner, Rounding, find_type, has_fp8, quantize
 from lightx2v.integrations.linear import MovableLinear, replace_module
 from lightx2v.mm.select import LayerPlan
@@ -62,37 +62,31 @@ class DynamicDiTQuantizer:
         return has_fp8(list_devices()[0]) if native is None else native
 
     @torch.no_grad()
-    def convert_linear(self, model: nn.Module, scale: Any = None) -> None:
+    def convert_linear(self, model: nn.Module, scale: Mapping[str, Any] | str | Path | None = None) -> None:
         """Exchange the linear layers that the filter names, in place, on the devices where they are.
 
         `scale` has the scales of weights that are quantized already, or shall be with these: a dict, a .safetensors or
         torch file, or a directory of an export; `<layer>.weight_scale` or `<layer>`. Layers without one stay as they
         are. A model of diffusers that is float32 throughout becomes bfloat16, save what diffusers keeps in float32;
-        in any other nothing but these layers changes. Raises ConfigError and CheckpointError.
+        in any other nothing but these layers changes. Raises ConfigError and CheckpointError, before anything changes.
         """
         scales = None if scale is None else read_scales(scale)
+        chosen, skipped = self._choose(model, scales)
+        keys = {names[0]: key_of(scales or {}, names[0]) for names in chosen}
+        if scales and not chosen:
+            raise CheckpointError("scale", f"fits no linear layer of the model: {', '.join(list(scales)[:5])}")
+        for name, key in keys.items():  # all of them before the first is exchanged
+            self._check(name, model.get_submodule(name), scales[key] if scales and key else None)
         _halve(model)
         matched: dict[str, LayerPlan] = {}
-        skipped: dict[str, str] = {}
-        made: dict[int, MovableLinear] = {}
-        used: set[str] = set()
-        for name, layer in list(model.named_modules(remove_duplicate=False)):
-            if not isinstance(layer, nn.Linear):
-                continue
-            key = None if scales is None else key_of(scales, name)
-            problem = self._against(name, layer) or ("no scale is given for it" if scales and key is None else None)
-            if problem is not None:
-                skipped[name] = problem
-                continue
-            if id(layer) not in made:
-                made[id(layer)] = self._quantized(name, layer, scales[key] if scales and key else None)
-            used |= {key} if key else set()
-            replace_module(model, name, made[id(layer)])
-            matched[name] = made[id(layer)].plan
-        unused = tuple(key for key in scales or () if key not in used)
+        for names in chosen:
+            key = keys[names[0]]
+            new = self._quantized(names[0], model.get_submodule(names[0]), scales[key] if scales and key else None)
+            for name in names:
+                replace_module(model, name, new)
+                matched[name] = new.plan
+        unused = tuple(key for key in scales or () if key not in keys.values())
         self.report = Report(self.quant_type, matched, skipped, unused)
-        if scales and not matched:
-            raise CheckpointError("scale", f"fits no linear layer of the model: {', '.join(list(scales)[:5])}")
         self.fp8_scales_map = weight_scales(model)
         self.report.log()
         trim_memory()
@@ -116,28 +110,46 @@ class DynamicDiTQuantizer:
         """As the function `load_quantized_model`."""
         return load_quantized_model(model_class, save_path, device, **options)
 
+    def _choose(self, model: nn.Module, scales: Scales | None) -> tuple[list[list[str]], dict[str, str]]:
+        """The names of each linear layer that is quantized, more than one where a model ties it; why others are not."""
+        names: dict[int, list[str]] = {}
+        skipped: dict[str, str] = {}
+        for name, layer in model.named_modules(remove_duplicate=False):
+            if not isinstance(layer, nn.Linear):
+                continue
+            problem = self._against(name, layer)
+            if problem is None and scales is not None and key_of(scales, name) is None:
+                problem = "no scale is given for it"
+            if problem is None:
+                names.setdefault(id(layer), []).append(name)
+            else:
+                skipped[name] = problem
+        return list(names.values()), skipped
+
     def _against(self, name: str, layer: nn.Linear) -> str | None:
         """Why a layer is not quantized."""
-        if not self.layer_filter(name):
-            return (
-                self.layer_filter.against(name)
-                if isinstance(self.layer_filter, NameFilter)
-                else "layer_filter leaves it out"
-            )
+        chosen = self.layer_filter
+        if not chosen(name):
+            return chosen.against(name) if isinstance(chosen, NameFilter) else "layer_filter leaves it out"
         if type(layer) is not nn.Linear:
             return f"is a {type(layer).__name__}, which computes in a way of its own"
         return None
 
-    def _quantized(self, name: str, layer: nn.Linear, scale: Tensor | None) -> MovableLinear:
-        weight = layer.weight.detach()
-        if weight.is_meta:
+    def _check(self, name: str, layer: Any, scale: Tensor | None) -> None:
+        """Raise CheckpointError for a weight that cannot become codes."""
+        if layer.weight.is_meta:
             raise CheckpointError(name, "has no weight yet", do="load the weights first, or use load_quantized_model")
         if scale is not None:
-            leaves = with_scale(weight, scale, self._kind.spec, name)
-        elif weight.dtype in FLOATS:
+            with_scale(layer.weight.detach(), scale, self._kind.spec, name)
+        elif layer.weight.dtype not in FLOATS:
+            raise CheckpointError(name, f"its weight is {short(layer.weight.dtype)}", do="give its scale")
+
+    def _quantized(self, name: str, layer: Any, scale: Tensor | None) -> MovableLinear:
+        weight = layer.weight.detach()
+        if scale is None:
             leaves = quantize(weight, self._kind, self.rounding)
         else:
-            raise CheckpointError(name, f"its weight is {short(weight.dtype)}", do="give its scale")
+            leaves = with_scale(weight, scale, self._kind.spec, name)
         plan = partial(self._planner.plan, name, layer.out_features, layer.in_features)
         dtype = weight.dtype if weight.dtype in FLOATS else torch.bfloat16
         new = MovableLinear(name, layer.bias is not None, plan, weight.device, dtype)
