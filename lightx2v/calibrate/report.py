@@ -36,6 +36,20 @@ class Report:
         return asdict(self)
 
 
+def together(reports: Mapping[str, Report], output: str) -> Report:
+    """One report of several models by name, which is put before those of their layers."""
+    first = next(iter(reports.values()))
+    return Report(
+        output,
+        first.mm_type,
+        first.prompts,
+        {f"{name}.{layer}": one for name, report in reports.items() for layer, one in report.layers.items()},
+        sum(report.seconds for report in reports.values()),
+        max(report.peak_memory_bytes for report in reports.values()),
+        sum(report.bytes_out for report in reports.values()),
+    )
+
+
 def render(report: Report, target: Mapping[str, Any] | None = None) -> str:
     """The report as text, with what was chosen for a target."""
     errors = sorted(report.layers.items(), key=lambda item: -item[1].error)

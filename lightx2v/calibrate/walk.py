@@ -199,12 +199,14 @@ class BlockWalk:
 
 
 class PipelineWalk:
-    """A transformer or UNet of a pipeline of diffusers, in one part."""
+    """A transformer or UNet of a pipeline of diffusers, by its name, in one part.
 
-    def __init__(self, plan: foreign.PipelinePlan) -> None:
-        self.plan, self.device = plan, torch.device(plan.device.torch_name)
-        (self.denoiser,) = plan.files.denoisers
-        component = plan.components[self.denoiser.name]
+    Of the experts of a pipeline that has several, each sees the steps that it serves.
+    """
+
+    def __init__(self, plan: foreign.PipelinePlan, name: str) -> None:
+        self.plan, self.device, self.name = plan, torch.device(plan.device.torch_name), name
+        component = plan.components[name]
         self.source = CheckpointSource(Checkpoint.open(component.checkpoint), lambda name: name, lambda name: False)
         self.names, self.prefixes, self.sensitive = ["model"], [""], SENSITIVE
         self.layers = {layer.name: (layer.out_features, layer.in_features) for layer in component.layers}
@@ -225,7 +227,7 @@ class PipelineWalk:
                 on_step(0, request.steps)
                 runner.run(request, lambda progress: on_step(progress.step, progress.steps), quiet=True)
 
-        yield Part("model", "", getattr(runner.pipeline, self.denoiser.name), run)
+        yield Part("model", "", getattr(runner.pipeline, self.name), run)
 
     def finish(self) -> None:
         pass

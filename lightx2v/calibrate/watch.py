@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightx2v.errors import ConfigError
 from lightx2v.quant.around import Around
 from lightx2v.quant.calibration.observers import InputStatistics
 
@@ -55,6 +56,8 @@ class Watch:
 
     def total(self, name: str) -> InputStatistics:
         """Those of all steps."""
+        if not self.found[name]:
+            raise ConfigError("prompts", f"no request called layer '{name}'", do="give more prompts or steps")
         first, *others = self.found[name].values()
         made = InputStatistics.from_state(first.state())
         for other in others:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from lightx2v import __version__, foreign
 from lightx2v.calibrate.output import Output
 from lightx2v.calibrate.part import PartSolver
-from lightx2v.calibrate.report import Report, render
+from lightx2v.calibrate.report import Report, render, together
 from lightx2v.calibrate.rules import bits_per_weight
 from lightx2v.calibrate.solve import check_recipe
 from lightx2v.calibrate.steps import StepGroups
@@ -31,6 +31,7 @@ from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import Scheme, parse
 from lightx2v.mm.select import match_rules, matcher
 from lightx2v.plan import Plan
+from lightx2v.plan.layers import ComponentPlan
 from lightx2v.platform import peak_memory, select_device
 from lightx2v.runner import open_plan
 
@@ -68,17 +69,37 @@ def schemes_of(config: Config, layers: Iterable[str], sensitive: Sequence[str]) 
 def calibrate(config: Config, prompts: Sequence[str], output: Path) -> Report:
     """Make quantized weights in the folder `output`. What an interrupted run has finished is kept.
 
+    Those of a pipeline with several transformers, experts for parts of the steps, go into a folder of `output` each.
     Raises ConfigError for a recipe that cannot be followed and CheckpointError for a model that is quantized already.
     """
-    begin, recipe = time.perf_counter(), config.calibration
     plan = open_plan(unquantized(config, prompts[0]))
-    staging = output / _STAGING
-    walk: Walk = BlockWalk(plan, staging / "streams") if isinstance(plan, Plan) else PipelineWalk(plan)
+    if isinstance(plan, Plan):
+        walk = BlockWalk(plan, output / _STAGING / "streams")
+        return _calibrate(config, prompts, plan, walk, plan.components["dit"], output)
+    experts = [part.name for part in plan.files.denoisers]
+    folders = [output] if len(experts) == 1 else [output / name for name in experts]
+    reports = [
+        _calibrate(config, prompts, plan, PipelineWalk(plan, name), plan.components[name], folder)
+        for name, folder in zip(experts, folders, strict=True)
+    ]
+    return reports[0] if len(reports) == 1 else together(dict(zip(experts, reports, strict=True)), str(output))
+
+
+def _calibrate(
+    config: Config,
+    prompts: Sequence[str],
+    plan: Plan | foreign.PipelinePlan,
+    walk: Walk,
+    component: ComponentPlan,
+    output: Path,
+) -> Report:
+    """One model."""
+    begin, recipe = time.perf_counter(), config.calibration
     schemes = schemes_of(config, walk.layers, walk.sensitive)
     if not schemes:
         raise ConfigError("mm_config", "names no quantized layer", do="set mm_config.mm_type to what is to be made")
     check_recipe(recipe, schemes)
-    made = Output(output, staging, _identity(config, prompts, plan))
+    made = Output(output, output / _STAGING, _identity(config, prompts, component))
     done = made.resume(walk.names)
     steps = StepGroups.of(recipe, plan.request.steps)
     with tqdm(total=len(walk.names), initial=done, desc="solve", unit="part") as bar:
@@ -103,15 +124,14 @@ def calibrate(config: Config, prompts: Sequence[str], output: Path) -> Report:
     return report
 
 
-def _identity(config: Config, prompts: Sequence[str], plan: Plan | foreign.PipelinePlan) -> str:
+def _identity(config: Config, prompts: Sequence[str], component: ComponentPlan) -> str:
     """What two runs share that make the same weights."""
-    path = next(iter(plan.components.values())).checkpoint
     told = [
         config.model_dump(mode="json", exclude={"save_result_path", "prompt", "schema_"}),
         list(prompts),
         __version__,
     ]
-    text = json.dumps([*told, fingerprint(Checkpoint.open(path))], sort_keys=True)
+    text = json.dumps([*told, fingerprint(Checkpoint.open(component.checkpoint))], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

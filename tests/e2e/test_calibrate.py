@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import WanPipeline
 from safetensors.torch import load_file
 
 from lightx2v import LightX2VPipeline
@@ -25,7 +26,8 @@ from lightx2v.config.load import load_config
 from lightx2v.errors import ConfigError
 from lightx2v.eval.metrics import psnr
 from lightx2v.mm.linear import QuantLinear
-from tests.e2e import flux_dirs
+from tests.e2e import flux_dirs, model_dirs
+from tests.models.tiny_checkpoints import diffusers_twin
 from tests.models.tiny_pipelines import settings, write_pixart
 
 PROMPTS = ("a red circle on a white background moves right", "a blue square on a black background grows")
@@ -258,6 +260,32 @@ def test_a_size_is_kept_to(tmp_path: Path) -> None:
     assert 0.9 * budget < told["weight_bytes"] <= budget
     with pytest.raises(ConfigError, match="GiB or more"):
         main([*argv, "--target", "memory=0.0001"])
+
+
+def test_experts_are_calibrated_with_the_steps_that_they_serve(tmp_path: Path) -> None:
+    """Wan2.2 has a transformer for high noise and one for low noise; diffusers calls them in turn."""
+    pipe = model_dirs.build_pipeline("t2v")
+    twin = diffusers_twin(model_dirs.random_dit("t2v"))
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.mul_(1.5)
+    whole = WanPipeline(**pipe.components | {"transformer_2": twin}, boundary_ratio=0.8)
+    whole.save_pretrained(tmp_path / "model")
+    given = {"model_cls": "diffusers", "task": "t2v", "model_path": str(tmp_path / "model"), "dtype": "float32"}
+    size = {"video.height": 32, "video.width": 32, "video.frames": 5, "sampling.steps": 4, "prompt": "a fox"}
+    config = load_config(None, {**given, **size, "mm_config.mm_type": "int8-static", "calibration.rows": 32})
+    with torch.inference_mode():
+        report = calibrate(config, ["a fox"], tmp_path / "out")
+    assert {name.partition(".")[0] for name in report.layers} == {"transformer", "transformer_2"}
+    layer = "blocks.0.ffn.net.2.input_scale"
+    scales = [
+        load_file(tmp_path / "out" / name / "model.safetensors")[layer] for name in ("transformer", "transformer_2")
+    ]
+    assert not scales[0].equal(scales[1])
+    loaded = {"dit_quantized_ckpt": str(tmp_path / "out"), "mm_config.mm_type": "auto"}
+    got = LightX2VPipeline.from_config(load_config(None, {**given, **size, **loaded})).generate("a fox", quiet=True)
+    wanted = LightX2VPipeline.from_config(load_config(None, {**given, **size})).generate("a fox", quiet=True)
+    assert psnr(got, wanted) > 25
 
 
 def test_steps_fall_into_groups() -> None:
