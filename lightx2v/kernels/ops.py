@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from lightx2v.kernels import attention as attend
 from lightx2v.kernels import gemm, quantize, tiles
 from lightx2v.kernels.interpreter import mend
 from lightx2v.operators import operator
@@ -82,3 +83,23 @@ def multiply_blocks(
         key, tiles.block_candidates(a.device), lambda each: gemm.multiply_blocks(*args, each), a.device
     )
     return gemm.multiply_blocks(*args, tile)
+
+
+def _like_first(q: Tensor, *_: object) -> Tensor:
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+@kernel(_like_first)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, eight: bool) -> Tensor:
+    """8-bit attention: q [B, L, H, Dh], k and v [B, S, H, Dh], Dh 64 or 128 -> [B, L, H, Dh], dense, in q's dtype.
+
+    `eight`: P and V in e4m3, else in float16.
+    """
+    batch, queries, heads, dim = q.shape
+    codes = attend.encode(q, k, v, eight)
+    key = tiles.key_of(f"attention of {batch * heads} heads, eight {eight}", queries, k.shape[1], dim, q.device)
+
+    def run(tile: tiles.Tile) -> Tensor:
+        return attend.attend(*codes, q, k.shape[1], scale, eight, tile)
+
+    return run(tiles.fastest(key, tiles.attention_candidates(q.device), run, q.device))

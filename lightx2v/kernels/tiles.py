@@ -57,6 +57,28 @@ _OLDER = (
 )
 
 
+_HOPPER_ATTENTION = (
+    Tile(128, 128, 0, 3, 8),
+    Tile(128, 128, 0, 2, 8),
+    Tile(128, 64, 0, 4, 8),
+    Tile(128, 64, 0, 3, 4),
+    Tile(64, 128, 0, 3, 4),
+)
+_OLDER_ATTENTION = (
+    Tile(128, 64, 0, 3, 8, descriptors=False),
+    Tile(128, 64, 0, 3, 4, descriptors=False),
+    Tile(64, 64, 0, 3, 4, descriptors=False),
+    Tile(128, 128, 0, 2, 8, descriptors=False),
+)
+
+
+def attention_candidates(device: torch.device) -> tuple[Tile, ...]:
+    """Blocks of queries and of keys to try, both at most 128; `block_k` means nothing there."""
+    if interpreting():
+        return (_INTERPRETED,)
+    return _HOPPER_ATTENTION if (compute_capability(device) or (0, 0)) >= (9, 0) else _OLDER_ATTENTION
+
+
 def candidates(device: torch.device) -> tuple[Tile, ...]:
     """What to try for row scales, the usual best first."""
     if interpreting():
