@@ -4,7 +4,9 @@
 
 Coefficients and ratios come from `lightx2v calibrate --cache` on other prompts, before. Then for every prompt all rows
 take turns, with a plain run before every fourth: a speed-up is the plain run's time of denoising over the row's, both
-of one prompt, and the median of all prompts. A peer's rows are held against a plain run of its own.
+of one prompt, and the median of all prompts. A peer's rows are held against a plain run of its own. With `--set
+dtype=float32` rounding moves no decision, and what remains between two rows is what their methods do. Several
+`--workers` share the prompts; the times of all are longer then, those of plain runs as well.
 """
 
 from __future__ import annotations
@@ -14,21 +16,25 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import cache_methods
 import cache_peers
 import numpy as np
 import torch
+from cache_methods import Comparison, Method, wanted
 from cache_peers import PeerCache, PeerModel
 from loguru import logger
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lightx2v.calibrate.cli import calibrate_cache
+from lightx2v.calibrate.cache import calibrate_cache
 from lightx2v.calibrate.fit import Fit
 from lightx2v.config.load import load_config
 from lightx2v.denoising import denoise_request
@@ -47,12 +53,9 @@ from lightx2v.runner import Runner, to_frames
 Denoise = Callable[[Job, Mapping[Branch, Conditions]], Tensor]
 Parts = Sequence[Mapping[str, nn.Module]]
 """For each block what runs when its attention ("self", "cross") and its feed-forward ("mlp") are computed."""
-Method = tuple[str, dict[str, Any]]
-"""A name for the table, and settings of `cache`."""
-
-ROWS_PER_PLAIN = 4
-WARMUP = 4
-"""Of DBCache, here and there."""
+CLIPS_AT_ONCE = 16
+SAME = 100.0
+"""PSNR in dB of two clips without any difference, and the most that counts."""
 OURS, THEIRS = "lightx2v", "diffusers' model"
 THEIRS_BATCHED = f"{THEIRS}, branches in a batch"
 
@@ -74,9 +77,14 @@ class Row:
     forwards: list[float] = field(default_factory=list)
     work: list[float] = field(default_factory=list)
 
+    def figures(self) -> dict[str, list[Any]]:
+        """All that was measured, by name."""
+        names = ("results", "psnrs", "seconds", "speedups", "forwards", "work")
+        return {name: getattr(self, name) for name in names}
+
     def to_json(self) -> dict[str, Any]:
-        names = ("name", "setting", "plain", "psnrs", "seconds", "speedups", "forwards", "work")
-        return {name: getattr(self, name) for name in names} | {"right": self.right()}
+        measured = {name: values for name, values in self.figures().items() if name != "results"}
+        return {"name": self.name, "setting": self.setting, "plain": self.plain, **measured, "right": self.right()}
 
     def right(self) -> dict[str, int]:
         return Report(tuple(self.results), 0.0).right()
@@ -118,12 +126,18 @@ def operations(plan: Plan) -> dict[str, int]:
     }
 
 
+def planned(settings: Sequence[str], cache: Mapping[str, Any]) -> Plan:
+    """tiny-wan with this cache."""
+    config = load_config(None, {f"cache.{name}": value for name, value in cache.items()}, list(settings))
+    return resolve(config, select_device(config.device))
+
+
 class Bench:
     """tiny-wan with its encoder and VAE, and the rows."""
 
-    def __init__(self, settings: Sequence[str]) -> None:
-        self.settings = list(settings)
-        self.plan = self.planned({})
+    def __init__(self, settings: Sequence[str], every: int = 4) -> None:
+        self.settings, self.every = list(settings), every
+        self.plan = planned(self.settings, {})
         self.runner = Runner(self.plan)
         device, dtype = torch.device(self.plan.device.torch_name), getattr(torch, self.plan.config.dtype)
         runner, files = self.runner, self.plan.files
@@ -132,15 +146,11 @@ class Bench:
         self.rows: dict[str, Row] = {}
         self._ours = np.empty(0, np.uint8)
 
-    def planned(self, cache: Mapping[str, Any]) -> Plan:
-        config = load_config(None, {f"cache.{name}": value for name, value in cache.items()}, self.settings)
-        return resolve(config, select_device(config.device))
-
     def add(self, row: Row) -> None:
         self.rows.setdefault(row.name if not row.setting else f"{row.name}: {row.setting}", row)
 
     def add_ours(self, name: str, cache: Mapping[str, Any]) -> None:
-        plan = self.planned(cache)
+        plan = planned(self.settings, cache)
         with self.session.use("dit") as loaded:
             blocks = loaded.model.blocks
 
@@ -168,23 +178,32 @@ class Bench:
             for plain, rows in groups.items():
                 self._group(self.rows[plain], [row for row in rows if row.name != plain], request, job, conditions)
 
+    def take(self, measured: Sequence[Mapping[str, Sequence[Any]]]) -> None:
+        """Add what another process has measured on other prompts, by row."""
+        for row, figures in zip(self.rows.values(), measured, strict=True):
+            for name, values in figures.items():
+                getattr(row, name).extend(values)
+
     def _group(self, plain: Row, rows: Sequence[Row], request: Case, job: Job, conditions: Any) -> None:
         if not rows:
             return
-        reference: np.ndarray | None = None
+        made: list[Tensor] = []
         for index, row in enumerate(rows):
-            if index % ROWS_PER_PLAIN == 0:
+            if index % self.every == 0:
                 latents, plain_seconds = self._timed(plain, job, conditions)
-                if reference is None:
-                    reference = self._look(plain, request, latents)
-                    if plain.name == OURS:
-                        self._ours = reference
-                    else:
-                        plain.psnrs.append(psnr(reference, self._ours))
+                made = made or [latents]
             latents, seconds = self._timed(row, job, conditions)
+            made.append(latents)
             row.speedups.append(plain_seconds / seconds)
-            assert reference is not None
-            row.psnrs.append(psnr(self._look(row, request, latents), reference))
+        reference, *clips = self._decode(made)
+        if plain.name == OURS:
+            self._ours = reference
+        else:
+            plain.psnrs.append(min(psnr(reference, self._ours), SAME))
+        plain.results.append(Result(request, detect(reference)))
+        for row, clip in zip(rows, clips, strict=True):
+            row.psnrs.append(min(psnr(clip, reference), SAME))
+            row.results.append(Result(request, detect(clip)))
 
     def _timed(self, row: Row, job: Job, conditions: Any) -> tuple[Tensor, float]:
         with counted(row.parts) as counts:
@@ -197,10 +216,10 @@ class Bench:
         row.work.append(sum(self.costs[part] * count for block in counts for part, count in block.items()))
         return latents, seconds
 
-    def _look(self, row: Row, request: Case, latents: Tensor) -> np.ndarray:
-        frames = to_frames(self.runner.family.decode(self.session, latents))
-        row.results.append(Result(request, detect(frames)))
-        return frames
+    def _decode(self, latents: Sequence[Tensor]) -> list[np.ndarray]:
+        """Clips, several at a time, which takes a third of the time. None alone, which other kernels would decode."""
+        batches = torch.cat(list(latents)).chunk(-(-len(latents) // CLIPS_AT_ONCE))
+        return [to_frames(clip[None]) for batch in batches for clip in self.runner.family.decode(self.session, batch)]
 
     @property
     def forwards(self) -> float:
@@ -212,125 +231,41 @@ class Bench:
         return statistics.fmean(row.work) / statistics.fmean(self.rows[OURS].work)
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A method as peers have it, and ours at settings around theirs; `by` is what is equal: forwards, or operations."""
-
-    title: str
-    peers: tuple[PeerCache, ...]
-    ours: tuple[Method, ...]
-    by: str = "forwards"
-
-
-def calibrated(bench: Bench, tested: Sequence[Case], count: int, file: Path) -> tuple[Calibration, dict[str, Fit]]:
-    """Coefficients and ratios in `file`, from `count` prompts that are none of `tested`."""
-    seen = {request.scene for request in tested}
-    drawn = dict.fromkeys(request.prompt for request in draw_prompts(50 * count, 1) if request.scene not in seen)
-    made, fits = calibrate_cache(bench.plan, list(drawn)[:count])
+def calibrated(args: argparse.Namespace, file: Path) -> dict[str, Fit]:
+    """Coefficients and ratios in `file`, from prompts that are none of those tested."""
+    seen = {request.scene for request in draw_prompts(args.prompts, args.seed)}
+    drawn = draw_prompts(50 * args.calibrate, 1)
+    prompts = list(dict.fromkeys(request.prompt for request in drawn if request.scene not in seen))
+    made, fits = calibrate_cache(planned(args.set, {}), prompts[: args.calibrate])
     made.write(file)
-    return made, fits
+    return fits
 
 
-def methods(file: Path, fits: Mapping[str, Fit]) -> list[Method]:
-    """Ours. TeaCache's thresholds are those by which half of the steps are computed."""
-    known = {"file": str(file)}
-    head, ret = (round(fits[name].threshold(0.5), 4) for name in ("head", "blocks"))
-    return [
-        (f"`teacache`, {head:g}", {"type": "teacache", "threshold": head, **known}),
-        (
-            f"`teacache`, {ret:g}, `use_ret_steps`",
-            {"type": "teacache", "threshold": ret, "use_ret_steps": True, **known},
-        ),
-        (f"`custom`, {head:g}", {"type": "custom", "threshold": head, **known}),
-        mag(0.12, 2, file),
-        ("`magcache`, `store` fp8", {"type": "magcache", "store": "fp8", **known}),
-        mag(0.24, 4, file),
-        taylor(2),
-        taylor(4),
-        taylor(2, lite=True),
-        taylor(4, lite=True),
-        first_block(0.1),
-        dual_block(1, 0, 0.15),
-        dual_block(1, 0, 0.15, seer=True),
-        ("`adacache`", {"type": "adacache"}),
-        ("`easycache`, `warmup` 5", {"type": "easycache", "warmup": 5}),
-        ("`fora`", {"type": "fora"}),
-        pyramid(2),
-        gate(0.5),
-        gate(0.5, 3),
-        gate(0.5, 3, taylor(2)),
-    ]
+def rows(
+    args: argparse.Namespace, file: Path, fits: Mapping[str, Fit]
+) -> tuple[Bench, list[Method], list[Comparison], dict[str, str]]:
+    """All rows, which of them are ours, what is compared, and the peers that are absent with the reason."""
+    bench = Bench(args.set, args.plain_every)
+    absent = cache_peers.missing() if args.peers else {"diffusers": "left out"}
+    own = [method for method in cache_methods.methods(file, fits) if wanted(method[0], args.only)]
+    every = [] if "diffusers" in absent else cache_methods.comparisons(Calibration.read(file), file, absent)
+    compared = [comparison for comparison in every if wanted(comparison.title, args.only)]
+    bench.add_ours(OURS, {})
+    for name, cache in (*own, *(made for one in compared for made in (*one.ours, *one.beside))):
+        bench.add_ours(name, cache)
+    for comparison in compared:
+        for peer in comparison.peers:
+            bench.add_peer(peer)
+    return bench, own, compared, absent
 
 
-def mag(threshold: float, max_skip: int, file: Path) -> Method:
-    settings = {"type": "magcache", "threshold": threshold, "max_skip": max_skip, "file": str(file)}
-    return f"`magcache`, {threshold:g}, `max_skip` {max_skip}", settings
-
-
-def taylor(interval: int, warmup: int = 1, lite: bool = False) -> Method:
-    more = (", `lite`" if lite else "") + (f", `warmup` {warmup}" if warmup > 1 else "")
-    settings = {"type": "taylorseer", "interval": interval, "warmup": warmup, "lite": lite}
-    return f"`taylorseer`, `interval` {interval}{more}", settings
-
-
-def first_block(threshold: float) -> Method:
-    return f"`fbcache`, {threshold:g}", {"type": "fbcache", "threshold": threshold}
-
-
-def dual_block(first: int, last: int, threshold: float, seer: bool = False) -> Method:
-    settings = {"first_blocks": first, "last_blocks": last, "warmup": WARMUP, "threshold": threshold, "taylor": seer}
-    return f"`dbcache`, F{first}B{last}, {threshold:g}{', `taylor`' if seer else ''}", {"type": "dbcache", **settings}
-
-
-def pyramid(interval: int) -> Method:
-    return f"`pab`, `interval` {interval}", {"type": "pab", "interval": interval}
-
-
-def gate(share: float, again: int | None = None, beside: Method = ("", {})) -> Method:
-    name, settings = beside
-    parts = (f"`cfg_gate` {share:g}", f"`cfg_interval` {again}" if again else "", name)
-    return ", ".join(filter(None, parts)), {"cfg_gate": share, "cfg_interval": again, **settings}
-
-
-def comparisons(known: Calibration, file: Path, absent: Mapping[str, str]) -> list[Comparison]:
-    peers, steps, scan, dit = cache_peers, known.steps, (0.1, 0.15, 0.2), "cache_dit" not in absent
-    often, seldom = (2, 1), (4, 3)
-    found = [
-        Comparison(
-            "First block",
-            (*map(peers.first_block, scan), *(peers.dual_block(1, 0, 0, 0.15, steps) for _ in range(dit))),
-            tuple(map(first_block, scan)),
-        ),
-        Comparison(
-            "MagCache",
-            tuple(peers.mag(threshold, skip, steps, known) for threshold, skip in ((0.12, 2), (0.24, 4))),
-            (mag(0.12, 2, file), mag(0.24, 4, file)),
-        ),
-        *(
-            Comparison(
-                "TaylorSeer, of the output" if lite else "TaylorSeer, of the blocks",
-                (peers.taylor(*often, lite), peers.taylor(*seldom, lite)),
-                (taylor(*often, lite), taylor(*seldom, lite)),
-            )
-            for lite in (False, True)
-        ),
-        Comparison("Attention", (peers.pyramid(2, True), peers.pyramid(2, False)), (pyramid(2),), "operations"),
-        Comparison(
-            "Guidance",
-            (peers.faster(5),),
-            (gate(0.65), gate(0.35, 3), gate(0.5, 3)),
-            "operations",
-        ),
-    ]
-    for first, last, seer in ((1, 0, False), (1, 0, True), (2, 1, True)) if dit else ():
-        found.append(
-            Comparison(
-                f"Dual block, F{first}B{last}" + (", extrapolated" if seer else ""),
-                tuple(peers.dual_block(first, last, WARMUP, threshold, steps, seer) for threshold in scan),
-                tuple(dual_block(first, last, threshold, seer) for threshold in scan),
-            )
-        )
-    return found
+def share_of(args: argparse.Namespace, file: Path, fits: Mapping[str, Fit], index: int) -> list[dict[str, list[Any]]]:
+    """What a worker measures on every so many of the prompts, by row."""
+    logger.remove()
+    torch.set_num_threads(args.threads)
+    bench = rows(args, file, fits)[0]
+    bench.run(draw_prompts(args.prompts, args.seed)[index :: args.workers])
+    return [row.figures() for row in bench.rows.values()]
 
 
 def cells(bench: Bench, row: Row) -> list[str]:
@@ -350,17 +285,27 @@ def table(titles: str, rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def at(bench: Bench, row: Row, ours: Sequence[Row], by: str) -> float:
-    """Our mean PSNR at as many forwards, or operations, as `row` has: on the line between the nearest of our rows on
-    both sides, or of the one at the end of them. NaN where all of ours have more by over a fiftieth."""
+def at(bench: Bench, row: Row, ours: Sequence[Row], by: str) -> list[float]:
+    """Our PSNR for each prompt at as many forwards, or operations, as `row` has: on the line between the nearest of our
+    rows on both sides, or of the one at the end of them. NaN where all of ours have more by over a fiftieth."""
 
     def place(of: Row) -> float:
         return statistics.fmean(of.forwards) / bench.forwards if by == "forwards" else bench.share(of)
 
-    points = sorted((place(of), statistics.fmean(of.psnrs)) for of in ours)
-    where, quality = zip(*points, strict=True)
-    here = place(row)
-    return float(np.interp(here, where, quality)) if here >= where[0] - 0.02 else float("nan")
+    points = sorted(ours, key=place)
+    where, here = [place(of) for of in points], place(row)
+    if here < where[0] - 0.02:
+        return [float("nan")] * len(row.psnrs)
+    weights = [np.interp(here, where, shares) for shares in np.eye(len(points))]
+    quality: list[float] = np.average([of.psnrs for of in points], axis=0, weights=weights).tolist()
+    return quality
+
+
+def difference(found: Sequence[float], theirs: Sequence[float]) -> str:
+    """The mean of the differences prompt by prompt, and twice its standard error: about the 95 % interval."""
+    more = [mine - other for mine, other in zip(found, theirs, strict=True)]
+    error = f" ± {2 * statistics.stdev(more) / len(more) ** 0.5:.3f}" if len(more) > 1 else ""
+    return f"{statistics.fmean(more):+.3f}{error} dB"
 
 
 def report(bench: Bench, own: Sequence[Method], compared: Sequence[Comparison]) -> str:
@@ -374,19 +319,19 @@ def report(bench: Bench, own: Sequence[Method], compared: Sequence[Comparison]) 
         for peer in comparison.peers:
             row = bench.rows[f"{peer.name}: {peer.setting}"]
             found = at(bench, row, ours, comparison.by)
-            more = found - statistics.fmean(row.psnrs)
-            lines.append([f"{row.name}, {row.setting}", *cells(bench, row), f"{found:.2f} dB", f"{more:+.2f} dB"])
+            last = f"{statistics.fmean(found):.2f} dB", difference(found, row.psnrs)
+            lines.append([f"{row.name}, {row.setting}", *cells(bench, row), *last])
         lines += [[f"ours: {row.name}", *cells(bench, row), "", ""] for row in ours]
+        lines += [
+            [f"beside: {bench.rows[name].name}", *cells(bench, bench.rows[name]), "", ""]
+            for name, _ in comparison.beside
+        ]
         titles = f"method | {TITLES} | ours at these {comparison.by} | more"
         text.append(f"### {comparison.title}\n\n" + table(titles, lines))
     for plain in (THEIRS, THEIRS_BATCHED):
         if psnrs := bench.rows[plain].psnrs if plain in bench.rows else []:
             text.append(f"{plain} without a cache, against ours: {statistics.fmean(psnrs):.2f} dB, {min(psnrs):.2f} dB")
     return "\n\n".join(text)
-
-
-def wanted(title: str, words: Sequence[str] | None) -> bool:
-    return words is None or any(word.lower() in title.lower() for word in words)
 
 
 def main() -> None:
@@ -398,27 +343,32 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="rows and comparisons with such a word in their title"
     )
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--plain-every",
+        type=int,
+        default=4,
+        metavar="N",
+        help="a plain run before every N-th row, by which the speed-ups are",
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with its part of the prompts")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, for each")
     parser.add_argument("--json", metavar="FILE", help="write the figures of every prompt there")
     parser.add_argument("--set", action="append", default=[], metavar="KEY.PATH=VALUE", help="any setting; repeatable")
     args = parser.parse_args()
     logger.remove()
     torch.set_num_threads(args.threads)
-    requests, bench = draw_prompts(args.prompts, args.seed), Bench(args.set)
-    absent = cache_peers.missing() if args.peers else {"diffusers": "left out"}
     with TemporaryDirectory() as folder:
         file = Path(folder, "calibration.json")
-        known, fits = calibrated(bench, requests, args.calibrate, file)
-        own = [method for method in methods(file, fits) if wanted(method[0], args.only)]
-        every = [] if "diffusers" in absent else comparisons(known, file, absent)
-        compared = [comparison for comparison in every if wanted(comparison.title, args.only)]
-        bench.add_ours(OURS, {})
-        for name, cache in (*own, *(method for comparison in compared for method in comparison.ours)):
-            bench.add_ours(name, cache)
-        for comparison in compared:
-            for peer in comparison.peers:
-                bench.add_peer(peer)
-    bench.run(requests)
+        fits = calibrated(args, file)
+        bench, own, compared, absent = rows(args, file, fits)
+        if args.workers == 1:
+            bench.run(draw_prompts(args.prompts, args.seed))
+        else:
+            with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+                parts = range(args.workers)
+                for part in pool.map(share_of, *zip(*((args, file, fits, index) for index in parts), strict=True)):
+                    bench.take(part)
+        known = Calibration.read(file)
     print(report(bench, own, compared))
     for name, reason in absent.items():
         print(f"\n{name}: {reason}")

@@ -104,6 +104,10 @@ class CacheConfig(Section):
     cfg_interval: PositiveInt | None = Field(
         default=None, description="After those steps, both branches run every so many steps; null: never again."
     )
+    cfg_separate: bool | None = Field(
+        default=None,
+        description="Each branch of guidance decides for itself, as published; null or false: both at the same steps.",
+    )
     store: Literal["compute", "fp8"] = Field(default="compute", description="What is kept is held in this dtype.")
     file: Path | None = Field(default=None, description="What `lightx2v calibrate --cache` wrote for this model.")
 

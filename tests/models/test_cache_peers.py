@@ -59,7 +59,7 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(
     ("branches", "cache", "config"),
     [
-        (("cond", "uncond"), FBCache(Holding(), 0.15), FirstBlockCacheConfig(0.15)),
+        (("cond", "uncond"), FBCache(Holding(), 0.15, separate=True), FirstBlockCacheConfig(0.15)),
         (
             ("cond", "uncond"),
             MagCache(Holding(), dict.fromkeys(("cond", "uncond"), RATIOS), 0.1, 3, 0.2),

@@ -224,14 +224,17 @@ def test_input_dependent_teacache_is_the_published_procedure() -> None:
         assert 1 < sum(wanted) < STEPS
 
 
-def replay_first_blocks(cache: DBCache, steps: int) -> tuple[Tensor, list[bool]]:
-    """FBCache and DBCache by hand on the double-stream model, without guidance, from the same noise."""
+def replay_first_blocks(cache: DBCache, steps: int, branches: tuple[Branch, ...]) -> tuple[Tensor, list[bool]]:
+    """FBCache and DBCache by hand on the double-stream model, from the same noise: the latents, and for every forward
+    whether it is computed."""
     dit = DoubleDiT()
     last = len(dit.blocks) - cache.last_blocks
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
-    computed: list[bool] = []
+    decisions: list[bool] = []
+    of_branch: dict[Branch, dict[str, tuple[Tensor, Tensor]]] = {branch: {} for branch in branches}
+    computed_by: dict[Branch, list[bool]] = {branch: [] for branch in branches}
 
     def stack(dit: Any, stream: Stream, context: StepContext) -> Stream:
+        kept, computed = of_branch[context.branch], computed_by[context.branch]
         front = run_blocks(dit, stream, context, 0, cache.first_blocks)
         change = front.x - stream.x
         again = [step for step in range(len(computed)) if not computed[step]]
@@ -243,7 +246,10 @@ def replay_first_blocks(cache: DBCache, steps: int) -> tuple[Tensor, list[bool]]
             and (cache.max_continuous is None or row < cache.max_continuous)
             and float((change - kept["front"][0]).abs().mean() / kept["front"][0].abs().mean()) < cache.threshold
         )
+        if not cache.separate and context.branch != branches[0]:
+            reuse = not computed_by[branches[0]][context.step]
         computed.append(not reuse)
+        decisions.append(not reuse)
         assert front.txt is not None
         if reuse:
             x, txt = kept["middle"]
@@ -261,27 +267,54 @@ def replay_first_blocks(cache: DBCache, steps: int) -> tuple[Tensor, list[bool]]
         def around(self, run: RunInfo, predict: Any) -> Any:
             return predict
 
-    seen = run_request(dit, double_conditions(branches=("cond",)), (1, 8, 2, 4, 4), ByHand(), steps=steps)  # type: ignore[arg-type]
-    return seen.latents, computed
+    conditions = double_conditions(branches=branches)
+    seen = run_request(dit, conditions, (1, 8, 2, 4, 4), ByHand(), steps=steps)  # type: ignore[arg-type]
+    return seen.latents, decisions
 
 
+@pytest.mark.parametrize("branches", [("cond",), ("cond", "uncond")], ids=["cond", "both"])
 @pytest.mark.parametrize(
     "cache",
     [
         FBCache(Holding(), 0.15),
+        FBCache(Holding(), 0.15, separate=True),
         DBCache(Holding(), 0.2, first_blocks=2, last_blocks=1, warmup=3),
         DBCache(Holding(), 1.0, first_blocks=1, last_blocks=0, warmup=2, max_continuous=2),
         DBCache(Holding(), 1.0, first_blocks=1, last_blocks=2, warmup=0, max_cached=4),
     ],
 )
-def test_first_block_methods_are_the_published_procedure(cache: DBCache) -> None:
-    found = run_request(DoubleDiT(), double_conditions(branches=("cond",)), (1, 8, 2, 4, 4), cache, steps=20)
-    wanted, computed = replay_first_blocks(cache, 20)
+def test_first_block_methods_are_the_published_procedure(cache: DBCache, branches: tuple[Branch, ...]) -> None:
+    found = run_request(DoubleDiT(), double_conditions(branches=branches), (1, 8, 2, 4, 4), cache, steps=20)
+    wanted, computed = replay_first_blocks(cache, 20, branches)
     blocks = len(DoubleDiT().blocks)
     assert [len(ran) == blocks for ran in found.blocks.values()] == computed
-    assert 0 < sum(computed) < 20
+    assert 0 < sum(computed) < len(computed)
     assert {len(ran) for ran in found.blocks.values()} == {blocks, cache.first_blocks + cache.last_blocks}
     assert torch.equal(found.latents, wanted)
+
+
+def computed_steps(seen: Seen) -> list[list[int]]:
+    """The steps that each branch computed."""
+    branches: tuple[Branch, ...] = ("cond", "uncond")
+    return [[step for (step, name), yes in seen.computed.items() if name == branch and yes] for branch in branches]
+
+
+@pytest.mark.parametrize(("method", "options"), [("fbcache", {"threshold": 0.2}), ("adacache", {})])
+def test_branches_compute_at_the_steps_of_the_first_unless_each_decides(method: str, options: dict[str, Any]) -> None:
+    together, separate = (
+        ran("wan", made("wan", method, options, cfg_separate=apart), seed=1) for apart in (False, True)
+    )
+    cond, uncond = computed_steps(separate)
+    assert cond != uncond
+    cond, uncond = computed_steps(together)
+    assert cond == uncond and 1 < len(cond) < STEPS
+
+
+def test_a_branch_that_begins_late_computes_at_once_and_then_with_the_first() -> None:
+    cache = made("wan", "fbcache", {"threshold": 0.5})
+    cond, uncond = computed_steps(ran("wan", cache, scales=[1.0] * 4 + [2.0] * (STEPS - 4)))
+    assert 4 not in cond
+    assert uncond == [4, *(step for step in cond if step > 4)]
 
 
 def test_adacache_is_the_published_procedure() -> None:

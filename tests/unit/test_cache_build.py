@@ -68,6 +68,9 @@ def test_options_reach_the_method() -> None:
     dual = made(type="dbcache", first_blocks=3, last_blocks=2, warmup=1, max_cached=9, max_continuous=2, taylor=True)
     assert isinstance(dual, DBCache) and (dual.first_blocks, dual.last_blocks, dual.order) == (3, 2, 1)
     assert (dual.warmup, dual.max_cached, dual.max_continuous) == (1, 9, 2)
+    assert not dual.separate and made(type="fbcache", cfg_separate=True).separate
+    mag = made(type="magcache", taylor=True, cfg_separate=True)
+    assert (mag.order, mag.separate) == (1, True)
     pab = made(type="pab", interval=4, window=(50, 900))
     assert isinstance(pab, Pab) and pab.intervals == {"self": 4, "cross": 12} and pab.window == (50, 900)
 

@@ -19,7 +19,10 @@ from lightx2v.features.cache.fora import Fora
 from lightx2v.features.cache.gate import CfgGate
 from lightx2v.features.cache.magcache import MagCache, nearest
 from lightx2v.features.cache.pab import Pab
-from lightx2v.features.cache.store import Holding
+from lightx2v.features.cache.report import CacheReport
+from lightx2v.features.cache.series import Series
+from lightx2v.features.cache.stack import Together
+from lightx2v.features.cache.store import Holding, Store
 from lightx2v.features.cache.taylorseer import TaylorSeer
 from lightx2v.features.cache.teacache import TeaCache, polynomial
 from lightx2v.models.base import Branch, StepContext, Stream, TimeEmbedding
@@ -78,6 +81,14 @@ def test_magcache_computes_as_many_steps_as_lightx2v_with_its_ratios(
     mean = [sum(of_step) / 2 for of_step in zip(*model(name).ratios.values(), strict=True)]
     wanted = published_magcache(mean, threshold, max_skip, 0.2)
     assert computed(schedule, "cond") == computed(schedule, "uncond") == wanted
+
+
+def test_magcache_decides_for_each_branch_where_that_is_asked_for() -> None:
+    ratios: dict[Branch, list[float]] = {"cond": [1.0] + [0.96] * 19, "uncond": [1.0] + [0.9] * 19}
+    schedule = MagCache(Holding(), ratios, 0.2, 5, 0.2, separate=True).schedule(request(20))
+    found = {branch: computed(schedule, branch) for branch in BOTH}
+    assert found == {branch: published_magcache(ratios[branch], 0.2, 5, 0.2) for branch in BOTH}
+    assert found["cond"] != found["uncond"]
 
 
 @given(
@@ -185,6 +196,29 @@ def test_a_branch_that_begins_late_computes_its_first_forward_and_so_does_a_chan
         last = [9] if isinstance(cache, TeaCache) else []
         assert computed(schedule) == [0, 6, *last]
         assert computed(schedule, "uncond") == [3, 6, *last]
+
+
+def test_the_first_branch_of_a_step_decides_and_the_other_reuses_nothing_older() -> None:
+    store = Store(Holding(), CacheReport("any"))
+    series = {branch: Series(store, branch) for branch in BOTH}
+    value = torch.zeros(1), None
+
+    def forwards(together: Together, step: int, branches: Sequence[Branch], decided: bool) -> list[Branch]:
+        found = [name for name in branches if together.computes(step, series[name], lambda: decided)]
+        for name in found:
+            series[name].update(step, value)
+        return found
+
+    together = Together()
+    assert forwards(together, 0, BOTH, True) == ["cond", "uncond"]
+    assert forwards(together, 1, BOTH, False) == []
+    assert forwards(together, 2, ("cond",), True) == ["cond"]
+    assert forwards(together, 3, BOTH, False) == ["uncond"]  # the first keeps what step 2 gave, this one step 0
+    assert forwards(together, 4, BOTH, False) == []
+    assert forwards(together, 5, BOTH, True) == ["cond", "uncond"]
+    asked = iter((False, True))
+    separate = Together(separate=True)
+    assert [separate.computes(6, series[name], lambda: next(asked)) for name in BOTH] == [False, True]
 
 
 def test_fora_and_pab_recall_by_the_step_and_their_blocks_always_run() -> None:

@@ -3,6 +3,8 @@
 What a block in the middle of the stack adds is compared with that of the computed step before: its relative L1 change,
 divided by the steps between them, is looked up in a codebook. The first step and the last two are always computed.
 
+The first branch of guidance decides for both; with `separate` each has its own decisions, as published.
+
 With `motion` the change is scaled up where the frames differ much from each other: by ((m / 0.385)^8 + 10 |its change a
 step|), m being the L1 difference of neighbouring frames over the sum of their norms, from 10 to 90 % of the steps.
 """
@@ -17,7 +19,7 @@ from torch import Tensor
 from lightx2v.features.base import RunInfo, Stack
 from lightx2v.features.cache.report import CacheReport
 from lightx2v.features.cache.series import Series, added, residual
-from lightx2v.features.cache.stack import PerBranch, StackCache, relative_change, run_part
+from lightx2v.features.cache.stack import PerBranch, StackCache, Together, relative_change, run_part
 from lightx2v.features.cache.store import Holding, Store
 from lightx2v.models.base import Branch, DiT, StepContext, Stream
 
@@ -35,9 +37,11 @@ class AdaCache(StackCache):
 
     method = "adacache"
 
-    def __init__(self, holding: Holding, codebook: Codebook | None = None, motion: bool = False) -> None:
+    def __init__(
+        self, holding: Holding, codebook: Codebook | None = None, motion: bool = False, separate: bool = False
+    ) -> None:
         super().__init__(holding)
-        self.codebook, self.motion = codebook, motion
+        self.codebook, self.motion, self.separate = codebook, motion, separate
 
     def kept_streams(self, blocks: int) -> float:
         return super().kept_streams(blocks) + 1
@@ -47,17 +51,19 @@ class AdaCache(StackCache):
         store = Store(self.holding, report)
         codebook = self.codebook or (FOR_100_STEPS if run.steps >= MANY_STEPS else FOR_30_STEPS)
         states = PerBranch(run, lambda branch: _State(store, branch, codebook, self.motion, run.steps))
+        together = Together(self.separate)
 
         def stack(model: DiT, stream: Stream, context: StepContext) -> Stream:
             blocks, step = len(model.blocks), context.step
             state, middle = states.of(context.branch, step), blocks // 2
-            computed = state.due(step)
+            computed = together.computes(step, state.series, lambda: state.due(step))
             report.count(context.branch, computed)
             if not computed:
                 return added(stream, state.series.at(step))
             before = run_part(inner, model, stream, context, 0, middle)
             after = run_part(inner, model, before, context, middle, middle + 1)
-            state.measure(step, after.x - before.x, context.grid[0])
+            if together.leads(state.series):
+                state.measure(step, after.x - before.x, context.grid[0])
             out = run_part(inner, model, after, context, middle + 1, blocks)
             state.series.update(step, residual(out, stream))
             return out
@@ -73,6 +79,7 @@ class _State:
         self._store, self._key = store, (branch, "middle block")
         self._codebook, self._motion, self._steps = codebook, motion, steps
         self._next, self._length, self._motion_before = 0, 1, 1.0
+        self._measured = False
 
     def due(self, step: int) -> bool:
         return step >= min(self._next, self._steps - 2) or self.series.empty
@@ -81,7 +88,7 @@ class _State:
         """Decide how many steps follow; waits for the device where any can be left out."""
         if step + 1 >= self._steps - 2:
             return  # all that follow are computed
-        if not self.series.empty:
+        if self._measured:
             change = relative_change(added, self._store.get(self._key))
             still = added.new_ones((), dtype=torch.float32)
             moving = _frame_difference(added, frames) if self._motion and frames > 1 else still
@@ -92,6 +99,7 @@ class _State:
             self._length = _look_up(self._codebook, rate)
         self._next = step + self._length
         self._store.put(self._key, added, measured=True)
+        self._measured = True
 
     def _motion_factor(self, step: int, difference: float) -> float:
         inside = 0.1 * self._steps <= step <= 0.9 * self._steps

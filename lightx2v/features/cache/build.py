@@ -28,16 +28,19 @@ _TEACACHE = ("threshold", "coefficients", "use_ret_steps", "file")
 READS: dict[str, tuple[str, ...]] = {
     "teacache": _TEACACHE,
     "custom": _TEACACHE,
-    "magcache": ("threshold", "max_skip", "retention", "ratios", "file"),
+    "magcache": ("threshold", "max_skip", "retention", "ratios", "file", "taylor", "cfg_separate"),
     "taylorseer": ("interval", "order", "warmup", "lite"),
-    "fbcache": ("threshold", "taylor"),
-    "dbcache": ("threshold", "first_blocks", "last_blocks", "warmup", "max_cached", "max_continuous", "taylor"),
-    "adacache": ("codebook", "motion"),
+    "fbcache": ("threshold", "taylor", "cfg_separate"),
+    "dbcache": (
+        *("threshold", "first_blocks", "last_blocks", "warmup", "max_cached", "max_continuous"),
+        *("taylor", "cfg_separate"),
+    ),
+    "adacache": ("codebook", "motion", "cfg_separate"),
     "easycache": ("threshold", "warmup"),
     "fora": ("interval",),
     "pab": ("interval", "window"),
 }
-"""The options that each method reads, beside `type`, `store` and `cfg_gate`."""
+"""The options that each method reads, beside `type`, `store`, `cfg_gate` and `cfg_interval`."""
 
 LARGEST_THRESHOLD = {"teacache": 2.0, "custom": 2.0}
 """Of the methods that sum up what a polynomial makes of a change; of the others it is 1."""
@@ -145,6 +148,11 @@ def _some(given: Options, *names: str) -> dict[str, Any]:
     return {name: given[name] for name in names if name in given}
 
 
+def _reuse(given: Options) -> dict[str, Any]:
+    """What is reused, and by whose decision."""
+    return {"order": int(given.get("taylor", False)), "separate": bool(given.get("cfg_separate", False))}
+
+
 def _tea(make: type[TeaCache]) -> Callable[[Holding, Options, Facts], Cache]:
     def maker(holding: Holding, given: Options, facts: Facts) -> Cache:
         options = _some(given, "threshold", "use_ret_steps")
@@ -154,7 +162,8 @@ def _tea(make: type[TeaCache]) -> Callable[[Holding, Options, Facts], Cache]:
 
 
 def _mag(holding: Holding, given: Options, facts: Facts) -> Cache:
-    return magcache.MagCache(holding, _ratios(given, facts), **_some(given, "threshold", "max_skip", "retention"))
+    options = _some(given, "threshold", "max_skip", "retention")
+    return magcache.MagCache(holding, _ratios(given, facts), **options, **_reuse(given))
 
 
 def _taylor(holding: Holding, given: Options, facts: Facts) -> Cache:
@@ -164,7 +173,7 @@ def _taylor(holding: Holding, given: Options, facts: Facts) -> Cache:
 
 def _first_block(holding: Holding, given: Options, facts: Facts) -> Cache:
     _check_blocks(1, 0, facts)
-    return fbcache.FBCache(holding, order=int(given.get("taylor", False)), **_some(given, "threshold"))
+    return fbcache.FBCache(holding, **_some(given, "threshold"), **_reuse(given))
 
 
 def _dual_block(holding: Holding, given: Options, facts: Facts) -> Cache:
@@ -172,7 +181,7 @@ def _dual_block(holding: Holding, given: Options, facts: Facts) -> Cache:
     first = given.get("first_blocks", min(dbcache.FIRST_BLOCKS, max(facts.blocks // 3, 1)))
     _check_blocks(first, given.get("last_blocks", dbcache.LAST_BLOCKS), facts)
     options = _some(given, "threshold", "last_blocks", "warmup", "max_cached", "max_continuous")
-    return dbcache.DBCache(holding, first_blocks=first, order=int(given.get("taylor", False)), **options)
+    return dbcache.DBCache(holding, first_blocks=first, **options, **_reuse(given))
 
 
 def _check_blocks(first: int, last: int, facts: Facts) -> None:
@@ -193,7 +202,8 @@ def _ada(holding: Holding, given: Options, facts: Facts) -> Cache:
                 f"{[list(pair) for pair in given['codebook']]} is none",
                 allowed="pairs of a change, rising, and of the steps to the next computed one, 1 or more",
             )
-    return adacache.AdaCache(holding, **given)
+    separate = _reuse(given)["separate"]
+    return adacache.AdaCache(holding, **_some(given, "codebook", "motion"), separate=separate)
 
 
 def _easy(holding: Holding, given: Options, facts: Facts) -> Cache:

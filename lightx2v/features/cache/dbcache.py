@@ -2,6 +2,9 @@
 
 The first blocks are always computed. Where what they add has changed by less than a threshold since the last step that
 was computed in full, what the middle blocks added then is added again. The last blocks are always computed, too.
+
+The first branch of guidance decides for both, which cache-dit has as an option; its default, and FBCache, let each
+branch go by its own change, `separate` here.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from torch import Tensor
 from lightx2v.features.base import RunInfo, Stack
 from lightx2v.features.cache.report import CacheReport
 from lightx2v.features.cache.series import Series, added, residual
-from lightx2v.features.cache.stack import PerBranch, StackCache, relative_change, run_part
+from lightx2v.features.cache.stack import PerBranch, StackCache, Together, relative_change, run_part
 from lightx2v.features.cache.store import Holding, Store
 from lightx2v.models.base import Branch, DiT, StepContext, Stream
 
@@ -33,11 +36,13 @@ class DBCache(StackCache):
         max_cached: int | None = None,
         max_continuous: int | None = None,
         order: int = 0,
+        separate: bool = False,
     ) -> None:
         super().__init__(holding, order)
         self.threshold, self.warmup = threshold, warmup
         self.first_blocks, self.last_blocks = first_blocks, last_blocks
         self.max_cached, self.max_continuous = max_cached, max_continuous
+        self.separate = separate
 
     def kept_streams(self, blocks: int) -> float:
         return super().kept_streams(blocks) + 1
@@ -46,13 +51,15 @@ class DBCache(StackCache):
         self.report = report = CacheReport(self.method)
         store = Store(self.holding, report)
         states = PerBranch(run, lambda branch: _State(self, store, branch))
+        together = Together(self.separate)
 
         def stack(model: DiT, stream: Stream, context: StepContext) -> Stream:
             blocks, step = len(model.blocks), context.step
             middle, last = self.first_blocks, blocks - self.last_blocks
             state = states.of(context.branch, step)
             front = run_part(inner, model, stream, context, 0, middle)
-            computed = state.computes(step, front.x - stream.x)
+            change = front.x - stream.x
+            computed = together.computes(step, state.series, lambda: state.computes(step, change))
             report.count(context.branch, computed)
             if computed:
                 out = run_part(inner, model, front, context, middle, last)
@@ -71,6 +78,7 @@ class _State:
         self.series = Series(store, branch, cache.order)
         self._cache, self._store, self._key = cache, store, (branch, "first blocks")
         self._cached = self._continuous = 0
+        self._measured = False
 
     def computes(self, step: int, front: Tensor) -> bool:
         """Whether the middle blocks are computed. Waits for the device, unless the answer is yes anyway."""
@@ -81,12 +89,13 @@ class _State:
                 return False
         self._continuous = 0
         self._store.put(self._key, front, measured=True)
+        self._measured = True
         return True
 
     def _may_recall(self, step: int) -> bool:
         cache = self._cache
         return (
-            not self.series.empty
+            self._measured
             and step >= cache.warmup
             and cache.threshold > 0
             and (cache.max_cached is None or self._cached < cache.max_cached)

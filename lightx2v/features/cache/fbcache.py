@@ -11,5 +11,5 @@ THRESHOLD = 0.05
 class FBCache(DBCache):
     method = "fbcache"
 
-    def __init__(self, holding: Holding, threshold: float = THRESHOLD, order: int = 0) -> None:
-        super().__init__(holding, threshold, first_blocks=1, last_blocks=0, warmup=0, order=order)
+    def __init__(self, holding: Holding, threshold: float = THRESHOLD, order: int = 0, separate: bool = False) -> None:
+        super().__init__(holding, threshold, first_blocks=1, last_blocks=0, warmup=0, order=order, separate=separate)

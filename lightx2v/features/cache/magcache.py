@@ -3,9 +3,8 @@
 `ratios` are mean(|r_t| / |r_t-1|) over tokens of what the stack adds, from one calibration run. The product of the
 ratios since the last computed step says how far the residual kept has come off; its distances from 1 are summed up.
 
-Both branches of guidance go by the mean of their ratios, which differ little. The original lets each go by its own;
-where that makes them compute at different steps, guidance amplifies the difference of their errors, which costs 1 dB
-on tiny-wan.
+Both branches of guidance go by the mean of their ratios, which differ little, so that they compute at the same steps
+(`stack.Together` says why). The original lets each go by its own, `separate` here.
 """
 
 from __future__ import annotations
@@ -67,15 +66,22 @@ class MagCache(StackCache):
         threshold: float = THRESHOLD,
         max_skip: int = MAX_SKIP,
         retention: float = RETENTION,
+        order: int = 0,
+        separate: bool = False,
     ) -> None:
-        super().__init__(holding)
+        super().__init__(holding, order)
+        self.separate = separate
         self.ratios, self.threshold, self.max_skip, self.retention = ratios, threshold, max_skip, retention
 
     def schedule(self, run: RunInfo) -> Schedule:
         first = int(run.steps * self.retention)
-        lists = [
-            nearest(self.ratios[branch], run.steps) for branch in dict.fromkeys(branch for _, branch in run.runs())
-        ]
-        ratios = [fmean(of_step) for of_step in zip(*lists, strict=True)]
-        states = PerBranch(run, lambda branch: Decisions(ratios, self.threshold, self.max_skip, first))
+        lists = {
+            branch: nearest(self.ratios[branch], run.steps) for branch in dict.fromkeys(name for _, name in run.runs())
+        }
+        mean = [fmean(of_step) for of_step in zip(*lists.values(), strict=True)]
+
+        def decisions(branch: Branch) -> Decisions:
+            return Decisions(lists[branch] if self.separate else mean, self.threshold, self.max_skip, first)
+
+        states = PerBranch(run, decisions)
         return {(step, branch): states.of(branch, step).computes(step) for step, branch in run.runs()}

@@ -42,6 +42,11 @@ class Series:
         self._terms = 0
 
     @property
+    def last(self) -> int | None:
+        """The step that was computed last."""
+        return self._last
+
+    @property
     def empty(self) -> bool:
         """Whether there is nothing to reuse."""
         return self._last is None

@@ -50,6 +50,36 @@ class PerBranch(Generic[T]):
         return self._states[branch][1]
 
 
+class Together:
+    """One decision a step for all branches: that of the first; with `separate` each branch has its own.
+
+    Guidance weighs the branches with opposite signs, and so amplifies what their errors do not have in common. Branches
+    that reuse what one and the same step has computed have most of it in common. A branch that did not run at that step
+    reuses nothing older.
+    """
+
+    def __init__(self, separate: bool = False) -> None:
+        self._separate = separate
+        self._step: int | None = None
+        self._first: Series | None = None
+        self._computed = True
+
+    def computes(self, step: int, series: Series, decide: Callable[[], bool]) -> bool:
+        """Whether the branch of `series` is computed; `decide` is asked for the first branch of a step."""
+        if self._separate or step != self._step:
+            self._step, self._first, self._computed = step, series, decide()
+            return self._computed
+        return self._computed or self._first is None or _latest(series) < _latest(self._first)
+
+    def leads(self, series: Series) -> bool:
+        """Whether the branch of `series` has decided about the latest step."""
+        return self._first is series
+
+
+def _latest(series: Series) -> int:
+    return -1 if series.last is None else series.last
+
+
 def relative_change(new: Tensor, old: Tensor) -> Tensor:
     """mean |new - old| / mean |old|, a float32 scalar on the device."""
     new, old = new.float(), old.float()
