@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from loguru import logger
@@ -22,7 +23,7 @@ from lightx2v.calibrate.solve import check_recipe
 from lightx2v.calibrate.steps import StepGroups
 from lightx2v.calibrate.target import Chooser, Chosen, Goal, search_folder
 from lightx2v.calibrate.walk import BlockWalk, PipelineWalk, Walk
-from lightx2v.config.features import CacheConfig
+from lightx2v.config.features import AttentionConfig, CacheConfig
 from lightx2v.config.schema import Config, MMConfig
 from lightx2v.convert.configs import write_json
 from lightx2v.convert.source import fingerprint
@@ -41,10 +42,11 @@ TARGET = "target.json"
 
 
 def unquantized(config: Config, prompt: str) -> Config:
-    """The same settings with float weights and every forward computed: what is observed."""
+    """The same settings with float weights, exact attention and every forward computed: what is observed."""
     sampling = config.sampling.model_copy(update={"cfg_schedule": None, "changing_resolution": False})
-    changes = {"mm_config": MMConfig(), "dit_quantized_ckpt": None, "cache": CacheConfig(), "compile": False}
-    return config.model_copy(update={**changes, "graphs": False, "sampling": sampling, "prompt": prompt})
+    changes: dict[str, Any] = {"mm_config": MMConfig(), "dit_quantized_ckpt": None, "attention": AttentionConfig()}
+    changes |= {"cache": CacheConfig(), "compile": False, "graphs": False, "sampling": sampling, "prompt": prompt}
+    return config.model_copy(update=changes)
 
 
 def schemes_of(config: Config, layers: Iterable[str], sensitive: Sequence[str]) -> dict[str, Scheme]:

@@ -109,13 +109,16 @@ def test_multipliers_go_into_norms_and_values_where_they_can(tmp_path: Path, pla
 
 
 def test_scales_of_attention_come_with_the_weights(tmp_path: Path, plain: np.ndarray) -> None:
-    made(tmp_path, "int8", smooth="awq", attention=True)
+    static = {"attention.type": "fa3_int8_static_ref"}  # what runs afterwards does not keep calibration from running
+    recipe = {"mm_config.mm_type": "int8", "calibration.smooth": "awq", "calibration.attention": True}
+    with torch.inference_mode():
+        calibrate(load_config(None, {**SMALL, **recipe, **static}), PROMPTS, tmp_path)
     tensors = load_file(tmp_path / "block_0.safetensors")
     assert {name.rpartition(".")[0] for name in tensors if name.endswith("_scales.q")} == {
         "blocks.0.self_attn.attn_scales",
         "blocks.0.cross_attn.attn_scales",
     }
-    quantized = frames(tmp_path, **{"attention.type": "fa3_int8_static_ref"})
+    quantized = frames(tmp_path, **static)
     assert psnr(quantized, plain) > 28
     assert not np.array_equal(quantized, frames(tmp_path))
 

@@ -87,8 +87,8 @@ def test_a_recipe_says_what_its_name_says(path: Path) -> None:
     assert (activation.granularity == "step") == ("timestep" in name)
     methods = {"m3": "awq", "m4": "iterative", "m6": "flexible"}
     assert config.calibration.smooth == methods.get(name.rpartition("_")[2], "none")
-    static_attention = config.calibration.attention
-    assert (static_attention or config.attention.type in ATTENTION) == name.endswith("fa3")
+    assert (config.attention.type in ATTENTION) == name.endswith("fa3")
+    assert config.calibration.attention == (config.attention.type == "fa3_int8_static_ref")
     assert json.loads(path.read_text())["$schema"] == "../schema.json"
 
 
