@@ -7,7 +7,7 @@ useful change first.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -28,34 +28,12 @@ _STEPS = 100
 
 def cheapest_within(options: Mapping[str, Sequence[Option]], error: float) -> Choice | None:
     """The least total cost with a total error of at most `error`; None where no choice has so little."""
-    exact = {name: min(all_of, key=lambda option: (option.error, option.cost)) for name, all_of in options.items()}
-    if total_error(exact) > error:
-        return None
-    best, low, high = exact, 0.0, _top_price(options)
-    for _ in range(_STEPS):
-        price = (low + high) / 2
-        found = _at(options, price)
-        if total_error(found) <= error:
-            best, high = min(best, found, key=total_cost), price
-        else:
-            low = price
-    return _spend(options, best, lambda choice: total_error(choice) <= error)
+    return _search(options, total_error, total_cost, error)
 
 
 def best_within(options: Mapping[str, Sequence[Option]], cost: float) -> Choice | None:
     """The least total error with a total cost of at most `cost`; None where no choice is so cheap."""
-    cheap = {name: min(all_of, key=lambda option: (option.cost, option.error)) for name, all_of in options.items()}
-    if total_cost(cheap) > cost:
-        return None
-    best, low, high = cheap, 0.0, _top_price(options)
-    for _ in range(_STEPS):
-        price = (low + high) / 2
-        found = _at(options, price)
-        if total_cost(found) <= cost:
-            best, low = min(best, found, key=total_error), price
-        else:
-            high = price
-    return _improve(options, best, cost)
+    return _search(options, total_cost, total_error, cost)
 
 
 def total_error(choice: Choice) -> float:
@@ -85,37 +63,50 @@ def _top_price(options: Mapping[str, Sequence[Option]]) -> float:
     return 2 * top
 
 
-def _spend(options: Mapping[str, Sequence[Option]], choice: Choice, fits: object) -> Choice:
-    """Cheaper options for single layers as long as the choice `fits`, the most that is saved per error first."""
-    assert callable(fits)
-    choice = dict(choice)
-    while True:
-        moves = [
-            ((choice[name].cost - option.cost) / max(option.error - choice[name].error, 1e-300), name, option)
-            for name, all_of in options.items()
-            for option in all_of
-            if option.cost < choice[name].cost
-        ]
-        for _, name, option in sorted(moves, key=lambda move: -move[0]):
-            if fits({**choice, name: option}):
-                choice[name] = option
-                break
-        else:
-            return choice
+Total = Callable[[Choice], float]
 
 
-def _improve(options: Mapping[str, Sequence[Option]], choice: Choice, cost: float) -> Choice:
-    """Better options for single layers as long as the total cost allows, the most useful for its cost first."""
+def _search(options: Mapping[str, Sequence[Option]], bounded: Total, wanted: Total, limit: float) -> Choice | None:
+    """The least `wanted` with `bounded` of at most `limit`: one of both is the error, the other the cost."""
+    exact = bounded is total_error
+    low, high = 0.0, _top_price(options)
+    best = {name: min(all_of, key=_exact_first if exact else _cheap_first) for name, all_of in options.items()}
+    if bounded(best) > limit:
+        return None
+    for _ in range(_STEPS):
+        price = (low + high) / 2
+        found = _at(options, price)
+        fits = bounded(found) <= limit
+        if fits:
+            best = min(best, found, key=wanted)
+        # A higher price of error makes choices exact and dear.
+        low, high = (low, price) if fits == exact else (price, high)
+    return _fill(options, best, bounded, wanted, limit)
+
+
+def _exact_first(option: Option) -> tuple[float, float]:
+    return option.error, option.cost
+
+
+def _cheap_first(option: Option) -> tuple[float, float]:
+    return option.cost, option.error
+
+
+def _fill(
+    options: Mapping[str, Sequence[Option]], choice: Choice, bounded: Total, wanted: Total, limit: float
+) -> Choice:
+    """Other options for single layers as long as the limit allows, those that win most for what they use first."""
     choice = dict(choice)
     while True:
-        moves = [
-            ((choice[name].error - option.error) / max(option.cost - choice[name].cost, 1e-300), name, option)
-            for name, all_of in options.items()
-            for option in all_of
-            if option.error < choice[name].error
-        ]
-        for _, name, option in sorted(moves, key=lambda move: -move[0]):
-            if total_cost({**choice, name: option}) <= cost:
+        moves, total = [], bounded(choice)
+        for name, all_of in options.items():
+            for option in all_of:
+                one, now = {name: option}, {name: choice[name]}
+                if wanted(one) < wanted(now):
+                    used = bounded(one) - bounded(now)
+                    moves.append(((wanted(now) - wanted(one)) / max(used, 1e-300), used, name, option))
+        for _, used, name, option in sorted(moves, key=lambda move: -move[0]):
+            if total + used <= limit and bounded({**choice, name: option}) <= limit:
                 choice[name] = option
                 break
         else:
