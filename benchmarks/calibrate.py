@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     args = parser.parse_args()
     width, height = args.size.split("x")
-    with TemporaryDirectory(dir=".") as folder:
+    with TemporaryDirectory() as folder:
         model, output = Path(folder, "model"), Path(folder, "output")
         model.mkdir()
         weights = write_model(model, args.model, args.layers)
