@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lightx2v import LightX2VPipeline
 from lightx2v.calibrate import weights
@@ -121,6 +121,46 @@ def test_scales_of_attention_come_with_the_weights(tmp_path: Path, plain: np.nda
     quantized = frames(tmp_path, **static)
     assert psnr(quantized, plain) > 28
     assert not np.array_equal(quantized, frames(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Multipliers, branches, four bits, and scales by step in the layers that keep eight."""
+    folder = tmp_path_factory.mktemp("everything")
+    made(folder, "int4-w4a4", smooth="svdquant", rank=8, iterations=3, sensitive="int8-timestep", step_groups=2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("given", "least"),
+    [
+        ({"offload.enabled": True}, None),
+        ({"offload.enabled": True, "offload.granularity": "phase"}, None),
+        ({"offload.enabled": True, "offload.lazy_load": True}, None),
+        ({"offload.enabled": True, "offload.granularity": "model"}, None),
+        ({"unload_modules": True}, None),
+        ({"compile": True}, 28),
+        ({"cache.type": "taylorseer", "cache.interval": 2}, 15),
+        ({"attention.type": "sage_ref_int8_fp8"}, 25),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_was_made_works_with_every_feature(given: dict[str, Any], least: float | None, everything: Path) -> None:
+    """`least` dB; None: no bit changes."""
+    wanted, got = frames(everything), frames(everything, **given)
+    assert np.array_equal(got, wanted) if least is None else psnr(got, wanted) > least
+
+
+def test_a_lora_on_what_was_made_is_that_on_floats(everything: Path, plain: np.ndarray, tmp_path: Path) -> None:
+    shape = shapes()["blocks.2.ffn.0"]
+    torch.manual_seed(0)
+    factors = {"lora_down": torch.randn(4, shape[1]) / 16, "lora_up": torch.randn(shape[0], 4) / 16}
+    path = tmp_path / "lora.safetensors"
+    save_file({f"diffusion_model.blocks.2.ffn.0.{name}.weight": tensor for name, tensor in factors.items()}, path)
+    lora: dict[str, Any] = {"lora": [{"path": str(path), "strength": 2.0}]}
+    on_floats, on_codes = frames(**lora), frames(everything, **lora)
+    assert psnr(on_floats, plain) < 45, "it changes something"
+    assert psnr(on_codes, on_floats) > psnr(frames(everything), plain) - 2
 
 
 def test_what_a_recipe_adds_lowers_the_error_of_layers(tmp_path: Path) -> None:
