@@ -116,8 +116,8 @@ def read_as_floats(base: Checkpoint, pieces: Pieces, quantized: Callable[[str], 
         if leaf != "weight" or own is None:
             result[name] = tuple(piece._replace(as_float=True) for piece in parts)
         elif not quantized(layer):
-            (piece,), (scale,) = parts, pieces[own]
-            result[name] = (piece._replace(as_float=True, scale=scale.name),)
+            scale = pieces[own][0].name
+            result[name] = tuple(piece._replace(as_float=True, scale=scale) for piece in parts)
             for extra in (*SCALE_LEAVES, MARK):
                 result.pop(f"{layer}.{extra}", None)
     return result

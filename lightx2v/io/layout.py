@@ -12,6 +12,8 @@ from lightx2v.errors import CheckpointError
 PICKLES = (".pth", ".pt", ".bin")
 _ENDINGS = (".safetensors", *PICKLES, ".gguf")
 _INDEX = ".index.json"
+_SECOND = ("fp8_scales.safetensors",)
+"""Files that repeat what is in the others: AngelSlim's scales."""
 
 
 def checkpoint_files(path: Path) -> tuple[list[Path], Mapping[str, Path]]:
@@ -48,6 +50,7 @@ def _directory(folder: Path) -> tuple[list[Path], Mapping[str, Path]]:
     if indices:
         return _indexed(indices[0])
     files = [entry for entry in entries if entry.suffix == ".safetensors" and entry.is_file()]
+    files = [file for file in files if file.name not in _SECOND] or files
     if not files:
         raise _nothing(folder, entries)
     _check_parts(folder, [file.stem for file in files])

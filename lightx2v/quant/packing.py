@@ -24,6 +24,11 @@ def swap_halves(packed: Tensor) -> Tensor:
     return (packed << 4) | (packed >> 4)
 
 
+def swapped_sign(codes: Tensor) -> Tensor:
+    """uint8 codes + 128 as the int8 codes."""
+    return (codes ^ 128).view(torch.int8)
+
+
 def pack6(codes: Tensor) -> Tensor:
     """uint8 codes below 64 [N, K] -> uint8 [N, 3K/4]: four codes, lowest bits first, in three bytes. K is 4n."""
     a, b, c, d = codes.unflatten(1, (-1, 4)).unbind(2)

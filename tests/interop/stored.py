@@ -39,7 +39,9 @@ class Loaded:
 
 
 def variants(package: str) -> list[str]:
-    return sorted(folder.name for folder in (DATA / package).iterdir() if folder.is_dir())
+    """Names of its stored folders; none where no stored file is of the package's own making."""
+    folders = (DATA / package).iterdir() if (DATA / package).is_dir() else ()
+    return sorted(folder.name for folder in folders if folder.is_dir())
 
 
 def family_of(folder: Path) -> FamilySpec:

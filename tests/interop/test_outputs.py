@@ -19,15 +19,19 @@ from lightx2v.io.dialects.open import DIALECTS, open_any
 from tests.interop import stored
 
 STORED = [(package, variant) for package in DIALECTS for variant in stored.variants(package)]
-WAN = [(package, variant) for package, variant in STORED if not variant.startswith("flux")]
+WAN = [(package, variant) for package, variant in STORED if "flux" not in variant and package != "angelslim"]
+"""With inputs and results of single layers, computed in float32."""
 LIMIT = 1e-3
 TIPPED = {
     # The largest value of a row lies on a tie (127.5), so that the last bit of the row decides over a step of its code.
     ("torchao", "int8-dynamic-whole"): 5e-3,
     # Inputs become float16 first, whose values lie on ties more often.
     ("bitsandbytes", "int8"): 3e-3,
+    # AngelSlim makes the whole model bfloat16, and FLUX's guidance of 3500 becomes 3504 there.
+    ("angelslim", "wan"): 2e-2,
+    ("angelslim", "flux"): 0.1,
 }
-"""Where codes of inputs tip over in a model this narrow. Each layer gives the same from the same input."""
+"""Where codes of inputs tip over in a model this narrow, or where the package does not compute in float32."""
 LAYER_LIMIT = 5e-5
 
 

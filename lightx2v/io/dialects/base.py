@@ -17,6 +17,10 @@ from lightx2v.io.dialects.floats import float_weight
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.weights import Checkpoint
 from lightx2v.mm.scheme import parse
+from lightx2v.quant.packing import swizzle, swizzled_shape
+
+INT8_AFFINE = "W-int8-channel-sym-A-int8-channel-sym-dynamic-Auto-ActTorchaoAffine"
+"""int8 inputs in the range that torchao's `choose_qparams_affine` and compressed-tensors give them."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,11 @@ class Translation:
         info = self.found.tensors[stored]
         return Made((stored,), lambda given: given[stored], info.dtype, info.shape)
 
+    def swizzled(self, stored: str, n: int, groups: int) -> Made:
+        """One-byte scales [n, groups] in the order that is written here: no shape of it is taken for another one."""
+        dtype = "U8" if self.found.tensors[stored].dtype == "U8" else "F8_E4M3"
+        return Made((stored,), lambda given: swizzle(given[stored].view(n, groups)), dtype, swizzled_shape(n, groups))
+
     def layer(self, layer: str, mm_type: str, leaves: Mapping[str, Made], n: int, k: int) -> None:
         """The linear `layer`, a weight [n, k], as `leaves` of `mm_type`.
 
@@ -129,6 +138,16 @@ class Translation:
         """The linear `layer` as the float `weight`: what no scheme here holds."""
         self.take(*weight.needs)
         self._recipes[f"{layer}.weight"] = weight
+
+    def add(self, name: str, tensor: Made) -> None:
+        """A tensor that belongs to no linear layer."""
+        self.take(*tensor.needs)
+        self._recipes[name] = tensor
+
+    def rename(self, stored: str, name: str) -> None:
+        """The tensor `stored` as it is, under another name."""
+        self.take(stored)
+        self._recipes[name] = stored
 
     def finish(self) -> Derived:
         """The checkpoint: all that was collected, and what nobody took as it is."""

@@ -16,6 +16,9 @@ DIALECTS: Registry[Dialect] = Registry("dialect")
 DIALECTS.add("quanto", "lightx2v.io.dialects.quanto:DIALECT")
 DIALECTS.add("bitsandbytes", "lightx2v.io.dialects.bitsandbytes:DIALECT")
 DIALECTS.add("torchao", "lightx2v.io.dialects.torchao:DIALECT")
+DIALECTS.add("angelslim", "lightx2v.io.dialects.angelslim:DIALECT")
+DIALECTS.add("compressed_tensors", "lightx2v.io.dialects.compressed_tensors:DIALECT")
+DIALECTS.add("msmodelslim", "lightx2v.io.dialects.msmodelslim:DIALECT")
 
 
 def open_any(path: str | Path, wanted: Wanted) -> Checkpoint:

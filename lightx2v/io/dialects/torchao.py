@@ -19,12 +19,10 @@ from torch import Tensor
 
 from lightx2v.errors import CheckpointError
 from lightx2v.io.derived import Given, Made
-from lightx2v.io.dialects.base import Found, Translation
+from lightx2v.io.dialects.base import INT8_AFFINE, Found, Translation
 
 _PLAIN = "Tensor"
 _CODES = {"Int8Tensor": "I8", "Float8Tensor": "F8_E4M3"}
-_AFFINE = "W-int8-channel-sym-A-int8-channel-sym-dynamic-Auto-ActTorchaoAffine"
-"""Int8Tensor rounds inputs as `choose_qparams_affine` does, not as torchao's older quantization did."""
 
 
 class TorchAO:
@@ -153,7 +151,7 @@ def _scheme(weight: _Weight) -> tuple[str, tuple[int, ...]]:
 
 _TYPES = {
     ("Int8Tensor", "channel", "float"): "int8-weight-only",
-    ("Int8Tensor", "channel", "token"): _AFFINE,
+    ("Int8Tensor", "channel", "token"): INT8_AFFINE,
     ("Int8Tensor", "channel", "static"): "int8-static",
     ("Float8Tensor", "channel", "float"): "fp8-weight-only",
     ("Float8Tensor", "tensor", "float"): "fp8-pertensor-weight-only",

@@ -7,11 +7,13 @@ from collections.abc import Iterable, Mapping
 from lightx2v.errors import CheckpointError
 from lightx2v.io.assembled import Piece, assemble, read_as_floats
 from lightx2v.io.comfy import LEAF as MARK
+from lightx2v.io.declared import declared_layers
 from lightx2v.io.weights import Checkpoint
 from lightx2v.models.flux.keymap import PREFIX, SWAPPED, is_unused, part_of, to_diffusers
 from lightx2v.quant.layouts import INPUT_LEAVES
 
 BLOCKS = ("double_blocks.", "single_blocks.")
+_SCALAR = ((), (1,), (1, 1))
 _JOINABLE = ("weight", "bias", "weight_scale", "scale_weight", "weight_zero")
 
 
@@ -31,7 +33,9 @@ def translate(checkpoint: Checkpoint) -> Checkpoint:
         found = part_of(name)
         parts.setdefault(found.original, {})[found.part] = name
     pieces = {original: _pieces(checkpoint, original, found) for original, found in parts.items()}
-    return assemble(checkpoint, read_as_floats(checkpoint, pieces, lambda layer: layer.startswith(BLOCKS)))
+    declared = {part_of(layer).original for layer in declared_layers(checkpoint.metadata)}
+    whole = read_as_floats(checkpoint, pieces, lambda layer: layer.startswith(BLOCKS) or layer in declared)
+    return assemble(checkpoint, whole)
 
 
 def shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
@@ -46,10 +50,12 @@ def _pieces(checkpoint: Checkpoint, original: str, found: Mapping[int, str]) -> 
     layer, _, leaf = original.rpartition(".")
     if layer != SWAPPED or name.removeprefix(PREFIX) == original:
         return (Piece(name),)
-    if leaf not in ("weight", "bias"):
+    shape, weight = checkpoint.tensors[name].shape, checkpoint.tensors.get(f"{name.rpartition('.')[0]}.weight")
+    if shape in _SCALAR or leaf in INPUT_LEAVES:
+        return (Piece(name),)
+    if leaf not in _JOINABLE or weight is None or shape[0] != weight.shape[0]:
         raise _cannot(checkpoint, name)
-    half = checkpoint.tensors[name].shape[0] // 2
-    return Piece(name, half), Piece(name, 0, half)
+    return Piece(name, shape[0] // 2), Piece(name, 0, shape[0] // 2)
 
 
 def _joined(checkpoint: Checkpoint, original: str, names: list[str | None]) -> tuple[Piece, ...]:
@@ -72,7 +78,7 @@ def _part(checkpoint: Checkpoint, name: str, leaf: str) -> Piece:
         raise _cannot(checkpoint, name)
     if leaf in ("weight", "bias") or (shape and shape[0] in (rows, rows / 128)):
         return Piece(name)
-    if shape in ((), (1,), (1, 1)):
+    if shape in _SCALAR:
         return Piece(name, repeat=rows)
     raise _cannot(checkpoint, name)
 
