@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -52,11 +52,15 @@ class MovableLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight [N, K] that the codes stand for, made for this call: readers want its dtype and its values."""
+        return dequantize_leaves(self.leaves, self.inner.spec, self.dtype)[:, : self.in_features]
+
+    @property
+    def leaves(self) -> Mapping[str, Tensor]:
+        """Codes and scales as `quant.formats` lists them."""
         inner = self.inner
         if inner.packed is None:
             raise LightX2VError(self.name, "has no weight yet")
-        leaves = inner.kernels.unpack(inner.scheme.served, inner.packed)
-        return dequantize_leaves(leaves, inner.spec, self.dtype)[:, : self.in_features]
+        return inner.kernels.unpack(inner.scheme.served, inner.packed)
 
     @property
     def bias(self) -> Tensor | None:

@@ -23,12 +23,12 @@ from loguru import logger
 from torch import Tensor, nn
 
 from lightx2v import __version__
-from lightx2v.errors import CheckpointError, ConfigError, LightX2VError
-from lightx2v.foreign.build import empty_model
-from lightx2v.foreign.index import ModelPart, read_json, weights_in
+from lightx2v.errors import CheckpointError, LightX2VError
+from lightx2v.foreign.index import weights_in
 from lightx2v.integrations.angelslim.scales import SCALES_FILE, fit
 from lightx2v.integrations.angelslim.types import NAMES, Planner, QuantType, Rounding, find_type
 from lightx2v.integrations.linear import MovableLinear, replace_module
+from lightx2v.integrations.models import unfilled
 from lightx2v.io.dtypes import FLOAT_NAMES, TORCH_DTYPES
 from lightx2v.io.weights import Checkpoint, stream_into, write_safetensors
 
@@ -88,7 +88,7 @@ def load_quantized_model(
     folder, place = Path(save_path).expanduser(), torch.device(device)
     checkpoint = Checkpoint.open(_weights_file(folder))
     scales, said = _scales(folder)
-    built = _empty(model, folder)
+    built = unfilled(model, folder)
     layers = {name.removesuffix(_SCALE) for name in (*checkpoint.tensors, *scales) if name.endswith(_SCALE)}
     if not layers:
         raise CheckpointError(str(folder), "holds no quantized layers", do="load it with its own library")
@@ -146,18 +146,6 @@ def _dtype(checkpoint: Checkpoint, name: str) -> torch.dtype:
         info.dtype for key, info in checkpoint.tensors.items() if info.dtype in FLOAT_NAMES and not key.endswith(_SCALE)
     )
     return TORCH_DTYPES[plain.most_common(1)[0][0]] if plain else torch.bfloat16
-
-
-def _empty(model: Any, folder: Path) -> nn.Module:
-    if isinstance(model, nn.Module):
-        return model
-    if not isinstance(model, type):
-        raise ConfigError("model", f"is a {type(model).__name__}", allowed="a class of models, or a module")
-    if hasattr(model, "load_config") or hasattr(model, "config_class"):
-        part = ModelPart(folder.name, model, folder, read_json(folder / "config.json"))
-        return empty_model(part, torch.bfloat16)
-    made: nn.Module = model()
-    return made
 
 
 def _linear(model: nn.Module, name: str, folder: Path) -> nn.Linear:

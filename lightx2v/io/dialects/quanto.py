@@ -8,7 +8,8 @@
     <layer>.input_scale, .output_scale   of quantized activations; 1 where they are not
 
 Groups are of 128 of a row, or of 96, 64, 32 when that does not divide K; rows of 128 and less, and ones that none
-divides, are whole. `quantization_map.json` beside the file names the types of each layer.
+divides, are whole. `quantization_map.json` or `quanto_qmap.json` beside the file
+names the types of each layer.
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ from torch import Tensor
 from lightx2v.io.derived import Given, Made
 from lightx2v.io.dialects.base import Found, Translation
 from lightx2v.quant.integers import pack_integers
+from lightx2v.quant.quanto import GROUPS, group_size, unpack_rows
 from lightx2v.quant.spec import QSpec
 
-MAP = "quantization_map.json"
+MAPS = ("quanto_qmap.json", "quantization_map.json")
+"""What optimum-quanto's QuantizedDiffusersModel writes and reads, and the name in its guide."""
 _BYTES, _BITS = ".weight._data", ".weight._data._data"
 _EIGHT = {"I8": "int8-weight-only", "F8_E4M3": "fp8-weight-only"}
 _TYPES = ("qint8", "qint4", "qint2", "qfloat8", "qfloat8_e4m3fn")
-_GROUPS = (128, 96, 64, 32)
 
 
 class Quanto:
@@ -48,21 +50,16 @@ class Quanto:
 DIALECT = Quanto()
 
 
-def group_size(k: int) -> int:
-    """Values of a group of a row of k as QModuleMixin chooses it; 0: the row is one."""
-    return next((size for size in _GROUPS if k > 128 and k % size == 0), 0)
-
-
 def _check_types(found: Found) -> None:
-    types = found.beside(MAP) or {}
+    name, types = next(((name, types) for name in MAPS if (types := found.beside(name))), ("", {}))
     for layer, said in types.items():
         kinds = said if isinstance(said, dict) else {}
         weights, activations = kinds.get("weights"), kinds.get("activations")
         if weights not in (*_TYPES, "none", None):
-            raise found.refuse(f"{MAP} says that '{layer}' has weights of type {weights!r}", ", ".join(_TYPES))
+            raise found.refuse(f"{name} says that '{layer}' has weights of type {weights!r}", ", ".join(_TYPES))
         if activations not in ("none", None):
             raise found.refuse(
-                f"{MAP} says that '{layer}' has activations of type {activations!r}, whose results are quantized too",
+                f"{name} says that '{layer}' has activations of type {activations!r}, whose results are quantized too",
                 "activations 'none'",
                 "quantize the weights alone",
             )
@@ -94,8 +91,7 @@ def _few_bits(translation: Translation, layer: str) -> None:
     name = f"int{bits}-g{width}-asym" if groups > n else f"int{bits}-channel-asym"
 
     def codes(given: Given) -> Tensor:
-        found_codes = torch.cat([given[data] >> first & (2**bits - 1) for first in range(0, 8, bits)])
-        flat = found_codes[:groups].reshape(n, k)
+        flat = unpack_rows(given[data], bits, groups).reshape(n, k)
         return pack_integers(torch.nn.functional.pad(flat, (0, spec.filled(k) - k)), spec)
 
     def zero(given: Given) -> Tensor:
@@ -120,7 +116,7 @@ def _outputs(found: Found, layer: str, groups: int, width: int) -> int:
     """N of a layer whose codes are [groups, width], by its bias, or where width cannot be that of a group."""
     if (bias := found.tensors.get(f"{layer}.bias")) is not None:
         n = bias.shape[0]
-    elif width not in _GROUPS:
+    elif width not in GROUPS:
         n = groups
     else:
         raise found.refuse(f"'{layer}' has no bias, and rows of {width} codes may be of groups or whole")

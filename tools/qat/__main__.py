@@ -1,0 +1,106 @@
+"""Quantize tiny-wan's blocks to few bits, train, freeze, and say how much of the lost PSNR came back.
+
+    python -m tools.qat --weights qint2 qint4 --steps 400
+
+PSNR is against the clips of the unquantized model for the same prompts and seeds, none of which training sees. What is
+lost is the difference to weights of 8 bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightx2v.eval.metrics import Clip, psnr
+from lightx2v.eval.prompts import Case, draw_prompts
+from lightx2v.integrations.quanto import freeze, quantize
+from lightx2v.models.wan.dit import WanDiT
+from tools.qat.distill import Pace, States, distill, trajectories
+from tools.qat.studio import Studio
+
+BLOCKS = "blocks.*"
+TRAINING_SEED, EVAL_SEED = 1, 0
+
+
+def quality(studio: Studio, model: WanDiT, requests: Sequence[Case], texts: Tensor, references: list[Clip]) -> float:
+    """Mean PSNR in dB; clips that are equal to their reference, which have none, are left out."""
+    clips = (studio.clip(latents) for latents in studio.sample(model, requests, texts))
+    found = [psnr(clip, reference) for clip, reference in zip(clips, references, strict=True)]
+    return statistics.fmean(value for value in found if math.isfinite(value))
+
+
+def quantized(studio: Studio, weights: str) -> WanDiT:
+    """tiny-wan's DiT whose blocks are rounded to `weights`, not frozen."""
+    model = studio.model()
+    quantize(model, weights=weights, include=BLOCKS)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--weights", nargs="+", default=["qint2", "qint4"], help="types of quanto")
+    parser.add_argument("--steps", type=int, default=Pace().steps, help="training steps (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=Pace().batch)
+    parser.add_argument("--lr", type=float, default=Pace().lr)
+    parser.add_argument("--clips", type=int, default=96, help="clips of the teacher to learn from (%(default)s)")
+    parser.add_argument("--prompts", type=int, default=50, help="prompts to measure with (%(default)s)")
+    parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights there")
+    arguments = parser.parse_args()
+
+    studio = Studio()
+    requests = draw_prompts(arguments.prompts, EVAL_SEED)
+    teacher = studio.model()
+    texts = studio.texts(requests)
+    references = [studio.clip(latents) for latents in studio.sample(teacher, requests, texts)]
+    ceiling_model = quantized(studio, "qint8")
+    freeze(ceiling_model)
+    ceiling = quality(studio, ceiling_model, requests, texts, references)
+    print(f"int8: {ceiling:.2f} dB", flush=True)
+    began = time.perf_counter()
+    states: States = trajectories(studio, teacher, draw_prompts(arguments.clips, TRAINING_SEED))
+    print(f"{len(states)} states of {arguments.clips} clips in {time.perf_counter() - began:.0f} s", flush=True)
+    results = []
+    for weights in arguments.weights:
+        plain = quantized(studio, weights)
+        freeze(plain)
+        before = quality(studio, plain, requests, texts, references)
+        student = quantized(studio, weights)
+        began = time.perf_counter()
+        losses = distill(student, states, Pace(arguments.steps, arguments.batch, arguments.lr), _say)
+        seconds = time.perf_counter() - began
+        freeze(student)
+        after = quality(studio, student, requests, texts, references)
+        share = (after - before) / (ceiling - before)
+        results.append(
+            {
+                "weights": weights,
+                "before": before,
+                "after": after,
+                "recovered": share,
+                "loss_first": statistics.fmean(losses[:10]),
+                "loss_last": statistics.fmean(losses[-10:]),
+                "seconds": seconds,
+            }
+        )
+        print(f"{weights}: {before:.2f} -> {after:.2f} dB, {share:.0%} of what was lost, {seconds:.0f} s", flush=True)
+        if arguments.save is not None:
+            arguments.save.mkdir(parents=True, exist_ok=True)
+            torch.save(student.state_dict(), arguments.save / f"{weights}.pt")
+    print(json.dumps({"int8": ceiling, "prompts": arguments.prompts, "steps": arguments.steps, "results": results}))
+
+
+def _say(step: int, loss: float) -> None:
+    if step % 50 == 0:
+        print(f"step {step}, loss {loss:.5f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
