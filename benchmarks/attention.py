@@ -90,9 +90,7 @@ def calibrated(settings: Sequence[str], prompts: int, offset: float, folder: Pat
     plan = resolve(config(REFERENCE, settings), select_device("auto"))
     assert isinstance(plan, Plan)
     runner = Runner(plan)
-    requests = [
-        replace(plan.request, prompt=drawn.scene.prompt, seed=drawn.seed) for drawn in draw_prompts(prompts, seed=1)
-    ]
+    requests = [replace(plan.request, prompt=drawn.prompt, seed=drawn.seed) for drawn in draw_prompts(prompts, seed=1)]
     weights = plan.components["dit"].checkpoint
     checkpoint = Checkpoint.open(weights)
     for rotated, smoothed in product((False, True), repeat=2):

@@ -184,9 +184,10 @@ def _layers(found: Comparison) -> list[Markup]:
     layers = found.layers
     assert layers is not None
     steps = ", ".join(str(step + 1) for step in layers.steps)
+    clips = "1 clip" if layers.cases == 1 else f"{layers.cases} clips"
     told = (
         f"Each linear by itself: ||y {DASH} y_ref|| / ||y_ref|| of its output for the reference's own input, in"
-        f" {layers.cases} clips at steps {steps}."
+        f" {clips}, step{'s' if len(layers.steps) > 1 else ''} {steps}."
     )
     if layers.others:
         told += (
