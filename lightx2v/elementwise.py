@@ -1,36 +1,44 @@
 """What a transformer block computes between its products: one pass each, where the device has a kernel for it.
 
 Shapes: B batch, L tokens, D width, H heads of width Dh. Norms, rotations and the residual stream are float32 whatever
-goes in; only results are rounded. On CPUs the compiled kernels of `lightx2v.native` do it; everywhere else, and
+goes in; only results are rounded. On CPUs the compiled kernels of `lightx2v.native` do it, on NVIDIA GPUs
+those of `lightx2v.kernels` once they have proved themselves there; everywhere else, under torch.compile on a GPU, and
 wherever gradients are wanted, these definitions in torch.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightx2v.kernels.trial import usable
+from lightx2v.quant.numerics import Quantized
+
+_FLOATS = {torch.float32, torch.bfloat16, torch.float16}
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines [L, 1, Dh/2] of the rotary embedding, float32."""
 
 
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over D of x [B, L, D], times `weight` and plus `bias` [D], as `dtype`."""
-    if weight is not None and bias is not None and _native(x, dtype, weight, bias) and x.dtype == torch.float32:
-        from lightx2v.native import ops
-
-        return ops.layer_norm(x, weight.float(), bias.float(), eps, dtype)
+    if weight is not None and bias is not None and x.dtype == torch.float32:
+        kernels = _kernels(x, dtype, weight, bias)
+        if kernels is not None:
+            made: Tensor = kernels.layer_norm(x, weight.float(), bias.float(), eps, dtype)
+            return made
     weight, bias = (p if p is None else p.float() for p in (weight, bias))
     return F.layer_norm(x.float(), x.shape[-1:], weight, bias, eps).to(dtype)
 
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over D of float32 x [B, L, D], times 1 + `scale` plus `shift`, float32 [B or 1, 1, D], as `dtype`."""
-    if _native(x, dtype, shift, scale):
-        from lightx2v.native import ops
-
-        return ops.layer_norm(x, 1 + scale, shift, eps, dtype)
+    kernels = _kernels(x, dtype, shift, scale)
+    if kernels is not None:
+        made: Tensor = kernels.layer_norm(x, 1 + scale, shift, eps, dtype)
+        return made
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=eps), 1 + scale).to(dtype)
 
 
@@ -41,11 +49,11 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Ro
     `rope` no rotation. The result has the dtype of x.
     """
     weight = None if weight is None else weight.float()
-    if _native(x, x.dtype, weight):
-        from lightx2v.native import ops
-
+    kernels = _kernels(x, x.dtype, weight)
+    if kernels is not None:
         cosines, sines = (None, None) if rope is None else (table.flatten(1) for table in rope)
-        return ops.rms_rope(x, weight, cosines, sines, heads, eps).unflatten(2, (heads, -1))
+        made: Tensor = kernels.rms_rope(x, weight, cosines, sines, heads, eps).unflatten(2, (heads, -1))
+        return made
     y = x.float()
     if weight is not None:
         y = F.rms_norm(y.unflatten(-1, (-1, weight.shape[0])), weight.shape, weight, eps).flatten(-2)
@@ -62,29 +70,48 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """The residual stream: float32 x [B, L, D] plus y times `gate`, float32 [B or 1, 1, D], where there is one."""
-    if _native(x, y.dtype, y, gate):
-        from lightx2v.native import ops
-
-        return ops.add_gated(x, y, gate)
+    kernels = _kernels(x, y.dtype, y, gate)
+    if kernels is not None:
+        made: Tensor = kernels.add_gated(x, y, gate)
+        return made
     return x + y if gate is None else x + y * gate
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU with the tanh approximation (Hendrycks & Gimpel 2016)."""
-    if _native(x, x.dtype):
-        from lightx2v.native import ops
-
-        return ops.gelu_tanh(x)
+    kernels = _kernels(x, x.dtype)
+    if kernels is not None:
+        made: Tensor = kernels.gelu_tanh(x)
+        return made
     return F.gelu(x, approximate="tanh")
 
 
-def _native(x: Tensor, result: torch.dtype, *others: Tensor | None) -> bool:
-    """Whether the compiled kernels can do it: on a CPU, in their dtypes, where no gradient is asked for."""
-    if x.device.type != "cpu":
-        return False
-    from lightx2v.native.build import kernels
-    from lightx2v.native.ops import DTYPES
+def has_gelu_codes(x: Tensor) -> bool:
+    """Whether `gelu_codes` can be called for tensors like x."""
+    return hasattr(_kernels(x, x.dtype), "gelu_codes")
 
-    if kernels().library is None or x.dtype not in DTYPES or result not in DTYPES:
-        return False
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)))
+
+def gelu_codes(x: Tensor, kind: str) -> Quantized:
+    """The GELU of x [M, K], rounded to its dtype, as codes of `kind` with a scale per row, in one pass.
+
+    `kind` is "int8" or "fp8"; rounding is quant.numerics.NATIVE. For devices with `has_gelu_codes`.
+    """
+    return Quantized(*_kernels(x, x.dtype).gelu_codes(x, kind))
+
+
+def _kernels(x: Tensor, result: torch.dtype, *others: Tensor | None) -> Any:
+    """Kernels that can do it, `native.ops` or `kernels.ops`; None where there are none, or a gradient is asked for."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
+        return None
+    if x.device.type == "cpu":
+        from lightx2v.native import ops as compiled
+        from lightx2v.native.build import kernels
+
+        able = kernels().library is not None and x.dtype in compiled.DTYPES and result in compiled.DTYPES
+        return compiled if able else None
+    # torch.compile makes such kernels itself, of more steps at a time.
+    if torch.compiler.is_compiling() or not {x.dtype, result} <= _FLOATS or not usable(x.device):
+        return None
+    from lightx2v.kernels import ops
+
+    return ops

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.kernels import attention as attend
-from lightx2v.kernels import gemm, quantize, tiles
+from lightx2v.kernels import block, gemm, quantize, tiles
 from lightx2v.kernels.interpreter import mend
 from lightx2v.operators import operator
 from lightx2v.quant.numerics import CODE_DTYPES
@@ -103,3 +103,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, eight: bool) -> Ten
         return attend.attend(*codes, q, k.shape[1], scale, eight, tile)
 
     return run(tiles.fastest(key, tiles.attention_candidates(q.device), run, q.device))
+
+
+@kernel(lambda x, factor, offset, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device))
+def layer_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """The layer norm of float32 x [B, L, D] times `factor` plus `offset`, both float32 [D] or [B, 1, D], as `dtype`."""
+    return block.norm(x, factor, offset, eps, dtype, None)[0]
+
+
+def _norm_codes(
+    x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype, kind: str
+) -> tuple[Tensor, Tensor]:
+    return _tokens_result(x.view(-1, x.shape[-1]), kind)
+
+
+@kernel(_norm_codes)
+def layer_norm_codes(
+    x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype, kind: str
+) -> tuple[Tensor, Tensor]:
+    """`layer_norm` rounded to `dtype` and quantized: codes [B * L, D] of "int8" or "fp8", scales [B * L, 1]."""
+    return block.norm(x, factor, offset, eps, dtype, kind)
+
+
+@kernel(_tokens_result)
+def gelu_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of x [M, K], rounded to its dtype and quantized: codes [M, K], scales [M, 1]."""
+    return block.gelu_codes(x, kind)
+
+
+@kernel(torch.empty_like)
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU with the tanh approximation."""
+    return block.gelu(x)
+
+
+@kernel(lambda x, y, gate: torch.empty_like(x))
+def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
+    """Float32 x [B, L, D] plus y [B, L, D] times a float32 gate [D] or [B, 1, D]: float32."""
+    return block.add_gated(x, y, gate)
+
+
+@kernel(lambda x, weight, cosines, sines, heads, eps: torch.empty(x.shape, dtype=x.dtype, device=x.device))
+def rms_rope(
+    x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, heads: int, eps: float
+) -> Tensor:
+    """RMS norm of x [B, L, D] with a float32 weight [D] or [D / heads], then the rotary embedding of `heads` heads."""
+    return block.rms_rope(x, weight, cosines, sines, heads, eps)

@@ -21,7 +21,7 @@ from lightx2v.mm.static import StaticInput
 from lightx2v.quant.around import AROUND_LEAVES, Around, around_leaves, take_around
 from lightx2v.quant.formats import needs_amax, quantize_leaves, read_leaves, rows_together, written_leaves
 from lightx2v.quant.layouts import FLOATS, INPUT_LEAVES, Leaf, Stored, accepted, find_layout, layouts_of, misfit, short
-from lightx2v.quant.numerics import Quantized
+from lightx2v.quant.numerics import NATIVE, Quantized, rounding_of
 from lightx2v.quant.spec import gguf_kind
 
 
@@ -209,6 +209,14 @@ class QuantLinear(nn.Module):
         activation = self.scheme.activation
         alike = activation is not None and activation.dynamic and not activation.outliers
         return ours == theirs and alike and not (self._input_leaves() or other._input_leaves())
+
+    @property
+    def token_codes(self) -> str | None:
+        """The dtype of codes that its input may come in, quantized elsewhere token by token; None where it may not."""
+        spec = self.scheme.activation
+        if spec is None or spec.granularity != "token" or not spec.dynamic or spec.outliers or self.surrounded:
+            return None
+        return spec.dtype if rounding_of(self.scheme.act_library, spec) == NATIVE else None
 
     def stacks_with(self, other: QuantLinear) -> bool:
         """Whether the two weights, one under the other, are a weight of the same scheme."""

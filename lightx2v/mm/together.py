@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from lightx2v.elementwise import gelu_tanh
+from lightx2v.elementwise import gelu_codes, gelu_tanh, has_gelu_codes
 from lightx2v.mm.fused import FusedPart
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.lowrank import LowRankLinear, without_branch
@@ -37,8 +37,17 @@ def feed_forward(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
     step = x.shape[1]
     if x.device.type == "cpu" and not torch.is_grad_enabled() and _takes_rows(up) and _takes_rows(down):
         step = max(1, CPU_ROWS // x.shape[0])
-    parts = [down(_up(part, up)) for part in x.split(step, dim=1)]
+    parts = [_both(part, up, down) for part in x.split(step, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _both(x: Tensor, up: nn.Module, down: nn.Module) -> Tensor:
+    """down(gelu(up(x))); GELU and the quantization behind it in one pass where there is a kernel for both."""
+    kind = down.token_codes if isinstance(down, QuantLinear) and x.numel() else None
+    if kind is None or not has_gelu_codes(x):
+        return cast(Tensor, down(_up(x, up)))
+    y = up(x)
+    return cast(QuantLinear, down).multiply(gelu_codes(y.reshape(-1, y.shape[-1]), kind), y)
 
 
 def _takes_rows(layer: nn.Module) -> bool:
