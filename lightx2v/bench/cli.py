@@ -28,7 +28,7 @@ TYPES = "Default,int8,fp8,fp8-b128"
 
 def build_parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, allow_abbrev=False, description=DESCRIPTION)
-    benches = parser.add_subparsers(dest="bench", metavar="{linear,dit,e2e}", required=True)
+    benches = parser.add_subparsers(dest="bench", metavar="{roofline,linear,dit,e2e}", required=True)
 
     def add(name: str, help: str, repeats: int, warmup: int) -> argparse.ArgumentParser:
         made: argparse.ArgumentParser = benches.add_parser(name, allow_abbrev=False, help=help, description=help)
@@ -47,6 +47,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
         made.add_argument("--debug", action="store_true", help="log everything, and show tracebacks")
         return made
 
+    add("roofline", "copy bandwidth and the rates of matrix products, which other figures are shares of", 10, 2)
     linear = add("linear", "quantize and multiply, per library and shape, against torch's bfloat16 product", 10, 2)
     linear.add_argument("--mm_type", default=TYPES, metavar="NAMES", help="mm_types (default: %(default)s)")
     linear.add_argument(
@@ -113,6 +114,14 @@ Found = tuple[list["Case"], dict[str, Any], list[str]]
 """The cases, what holds for all of them, and notes."""
 
 
+def _roofline(args: argparse.Namespace, device: DeviceInfo, peers: Sequence[Choice]) -> Found:
+    from lightx2v.bench.measure import Timing
+    from lightx2v.bench.roofline import run_roofline
+
+    case, settings, notes = run_roofline(device, Timing(args.repeats, args.warmup))
+    return [case], settings, notes
+
+
 def _linear(args: argparse.Namespace, device: DeviceInfo, peers: Sequence[Choice]) -> Found:
     from lightx2v.bench.linear import run_linear
     from lightx2v.bench.measure import Timing
@@ -167,6 +176,7 @@ def _e2e(args: argparse.Namespace, device: DeviceInfo, peers: Sequence[Choice]) 
 
 
 RUNS: dict[str, Callable[[argparse.Namespace, DeviceInfo, Sequence[Choice]], Found]] = {
+    "roofline": _roofline,
     "linear": _linear,
     "dit": _dit,
     "e2e": _e2e,

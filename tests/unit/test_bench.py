@@ -346,7 +346,7 @@ SCRIPTS = sorted((Path(__file__).parents[2] / "benchmarks").glob("*.sh"))
 
 
 def test_scripts_parse_and_can_be_run() -> None:
-    assert {path.stem for path in SCRIPTS} == {"lib", "install_peers", "linear", "dit", "e2e"}
+    assert {path.stem for path in SCRIPTS} == {"lib", "install_peers", "linear", "dit", "e2e", "h200"}
     for path in SCRIPTS:
         subprocess.run(["bash", "-n", str(path)], check=True)
         assert path.stem == "lib" or path.stat().st_mode & 0o100

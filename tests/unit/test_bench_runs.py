@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightx2v.bench import cli, dit, work
+from lightx2v.bench import cli, dit, roofline, work
 from lightx2v.bench.peers import base
 from lightx2v.bench.peers.base import Peer
 from lightx2v.cli import main
@@ -75,6 +75,24 @@ def check_consistent(report: dict[str, Any], names: list[str], repeats: int) -> 
             for ours, ratio in ratios.items():
                 assert ratio == entries[peer]["median_s"] / entries[ours]["median_s"]
     return {entry["name"]: entry for entry in report["cases"][0]["entries"]}
+
+
+def test_roofline(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(roofline, "_SIDES", {"cpu": 64})
+    monkeypatch.setattr(roofline, "_BYTES", {"cpu": 1 << 16})
+
+    def lacking(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError("no such product")
+
+    monkeypatch.setattr(torch, "_int_mm", lacking)
+    found = run(capsys, "roofline", "--repeats", "2", "--warmup", "1")
+    (case,) = found["cases"]
+    by_name = {entry["name"]: entry for entry in case["entries"]}
+    assert {"copy", "bf16"} <= set(by_name) and "int8" not in by_name
+    assert {one["name"]: one["reason"] for one in case["skipped"]}["int8"].endswith("no such product")
+    assert by_name["copy"]["bytes_per_s"] == pytest.approx(2 * (1 << 16) / min(by_name["copy"]["seconds"]))
+    assert by_name["bf16"]["flops_per_s"] == pytest.approx(2 * 64**3 / min(by_name["bf16"]["seconds"]))
+    assert found["settings"]["peaks"]["bf16"] == by_name["bf16"]["flops_per_s"]
 
 
 def test_linear(capsys: pytest.CaptureFixture[str]) -> None:
