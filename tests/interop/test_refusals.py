@@ -147,9 +147,11 @@ def test_values_tell(package: str, variant: str, change: Change, says: str, tmp_
         stored.load(root)
 
 
-def test_quanto_s_map_names_types(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["quantization_map.json", "quanto_qmap.json"])
+def test_quanto_s_map_names_types(name: str, tmp_path: Path) -> None:
     root = stored.model_dir(stored.DATA / "quanto" / "int8", tmp_path)
-    path = root / "transformer" / "quantization_map.json"
+    (root / "transformer" / "quantization_map.json").unlink()
+    path = root / "transformer" / name
     path.write_text(json.dumps({Q: {"weights": "qint8", "activations": "qint8"}}))
     with pytest.raises(CheckpointError, match=f"'{Q}' has activations of type 'qint8'"):
         stored.plan(root)
