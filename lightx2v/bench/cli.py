@@ -61,6 +61,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     dit.add_argument("--frames", type=positive, default=5, metavar="N", help="(default: %(default)s)")
     dit.add_argument("--layers", type=positive, metavar="N", help="blocks, to shorten the model (default: all)")
     dit.add_argument("--mm_type", default=TYPES, metavar="NAMES", help="mm_types (default: %(default)s)")
+    dit.add_argument("--trace", action="store_true", help="also profile one call, and say where its time goes")
     for made in (linear, dit):
         made.add_argument("--compile", action="store_true", help="the engine's layers or blocks by torch.compile")
         made.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
@@ -156,6 +157,7 @@ def _dit(args: argparse.Namespace, device: DeviceInfo, peers: Sequence[Choice]) 
         seed=args.seed,
         use_compile=args.compile,
         timing=Timing(args.repeats, args.warmup),
+        traced=args.trace,
     )
     return [case], dict(settings), notes
 

@@ -15,6 +15,7 @@ from lightx2v.bench.inputs import Inputs, Size, make_inputs, token_count
 from lightx2v.bench.measure import Candidate, Facts, Timing, Work, allow_many_compilations, measure
 from lightx2v.bench.peers.base import Choice
 from lightx2v.bench.report import Case, Column, fact
+from lightx2v.bench.trace import trace
 from lightx2v.errors import ConfigError, ResourceError
 from lightx2v.mm.select import LayerPlan, code_bytes
 from lightx2v.models.wan.arch import WanArch
@@ -32,6 +33,7 @@ class Transformer:
     device: DeviceInfo
     seed: int
     use_compile: bool
+    traced: bool
     plans: Mapping[str, Mapping[str, LayerPlan]]
     """By mm_type, the plan of each layer; an mm_type that cannot be computed here is not among them."""
 
@@ -47,7 +49,16 @@ class Transformer:
             libraries = ", ".join(sorted({plan.library for plan in plans.values()}))
             facts = {"mm_type": mm_type, "library": libraries, "attention": name, **_held(dit)}
             latents, timestep, conditions = self.inputs.latents, self.inputs.timestep, self.inputs.conditions
-            return lambda: dit(latents, timestep, conditions), facts
+
+            def call() -> torch.Tensor:
+                out: torch.Tensor = dit(latents, timestep, conditions)
+                return out
+
+            if self.traced:
+                with torch.inference_mode():
+                    call()
+                    facts["trace"] = trace(call, self.device)
+            return call, facts
 
         return Candidate(mm_type + (" compiled" if self.use_compile else ""), "lightx2v", build)
 
@@ -143,8 +154,9 @@ def run_dit(
     seed: int,
     use_compile: bool,
     timing: Timing,
+    traced: bool = False,
 ) -> tuple[Case, Facts, list[str]]:
-    """The case, what holds for the whole run, and notes."""
+    """The case, what holds for the whole run, and notes. `traced`: the engine's are profiled as well."""
     arch = work.arch_of(model)
     if layers is not None:
         if not 1 <= layers <= arch.num_layers:
@@ -158,7 +170,7 @@ def run_dit(
     if use_compile or any(choice.compiled for choice in peers):
         allow_many_compilations()
     inputs = make_inputs(arch, size, torch.device(device.torch_name), seed)
-    transformer = Transformer(arch, inputs, device, seed, use_compile, plans)
+    transformer = Transformer(arch, inputs, device, seed, use_compile, traced, plans)
     candidates = [transformer.engine(mm_type, refused) for mm_type in mm_types]
     candidates += [transformer.peer(choice) for choice in peers]
     logger.info("{} candidates, about {} in all", len(candidates), human_bytes(memory))
@@ -182,6 +194,10 @@ def run_dit(
         f"one forward pass: {tokens} video tokens, {arch.text_len} text tokens, {flops / 1e12:.4g} TFLOP",
         "random weights, the same for all; error is the distance from the result of the first row over its length",
     ]
+    for entry in entries:
+        if "trace" in entry.facts:
+            parts = ", ".join(f"{kind} {value:.4g} s" for kind, value in entry.facts["trace"].items())
+            notes.append(f"{entry.name}, one call profiled: {parts}")
     return Case(title, amount, replace(measured, entries=entries), COLUMNS), {"memory_estimate_bytes": memory}, notes
 
 

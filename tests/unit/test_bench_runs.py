@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightx2v.bench import cli, dit, roofline, work
+from lightx2v.bench import cli, dit, roofline, trace, work
 from lightx2v.bench.peers import base
 from lightx2v.bench.peers.base import Peer
 from lightx2v.cli import main
@@ -142,6 +142,26 @@ def test_dit(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.9 * blocks < saved < blocks
     assert entries["diffusers"]["weight_bytes"] - entries["rounded"]["weight_bytes"] > 0.9 * blocks
     assert [one["name"] for one in case["skipped"]] == ["absent"]
+
+
+def test_where_the_time_of_a_forward_pass_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ("dit", "--model", "tiny", "--size", "64x64", "--frames", "1", "--layers", "1", "--trace")
+    found = run(capsys, *argv, "--mm_type", "Default", "--repeats", "1", "--warmup", "1")
+    (entry,) = found["cases"][0]["entries"]
+    assert entry["trace"]["linears"] > 0 and entry["trace"]["elementwise"] > 0 and entry["trace"]["gaps"] == 0
+    assert any("one call profiled" in note for note in found["notes"])
+
+
+def test_kernels_are_told_apart_and_gaps_are_what_no_kernel_fills() -> None:
+    pieces = [
+        ("_rows_kernel", 0, 4),
+        ("_attend_kernel", 6, 3),
+        ("_tokens", 8, 4),
+        ("rms_norm", 13, 1),
+        ("copy_", 13, 2),
+    ]
+    found = trace.shares(trace.Piece(name, start * 1e6, length * 1e6) for name, start, length in pieces)
+    assert found == {"linears": 4, "attention": 3, "quantization": 4, "elementwise": 1, "copies": 2, "gaps": 3}
 
 
 def test_dit_of_image_to_video_does_what_diffusers_does(
