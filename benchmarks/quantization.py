@@ -28,10 +28,10 @@ from lightx2v.config.load import load_config
 from lightx2v.config.schema import Config
 from lightx2v.eval.detector import detect
 from lightx2v.eval.metrics import psnr
-from lightx2v.eval.prompts import ATTRIBUTES, Request, draw_prompts
+from lightx2v.eval.prompts import ATTRIBUTES, Case, draw_prompts
 from lightx2v.platform import select_device
 
-CALIBRATION_PROMPTS = [request.scene.prompt for request in draw_prompts(8, seed=1)]
+CALIBRATION_PROMPTS = [request.prompt for request in draw_prompts(8, seed=1)]
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ ROWS = [
     Row("W8A8 dynamic, 8-bit attention", "int8", settings={"attention.type": "sage_ref_int8_fp8"}),
     Row("W4A4 int4 naive", "int4-w4a4"),
     Row("W4A4 int4, smoothed", "int4-w4a4", recipe(smooth="svdquant")),
+    Row("W4A4 int4, SVDQuant r8", "int4-w4a4", recipe(**{**SVD, "rank": 8})),
     Row("W4A4 int4, SVDQuant r32", "int4-w4a4", recipe(**SVD)),
     Row("W4A4 int4, SVDQuant r32 + GPTQ", "int4-w4a4", recipe(**SVD, solver="gptq")),
     Row("W4A4 int4, data-free SVDQuant r32", "int4-w4a4", recipe(rank=32)),
@@ -94,6 +95,7 @@ ROWS = [
     Row("int2 g64, HQQ", "int2-g64-asym", recipe(solver="hqq")),
     Row("mixed for 36 dB", recipe=recipe(), target="psnr=36"),
     Row("mixed for 40 dB", recipe=recipe(), target="psnr=40"),
+    Row("mixed for 46 dB", recipe=recipe(), target="psnr=46"),
 ]
 
 
@@ -116,12 +118,12 @@ def config_of(row: Row, folder: Path) -> tuple[Config, dict[str, Any]]:
     return load_config(None, {**settings, **loaded}), told
 
 
-def clips(config: Config, requests: Sequence[Request]) -> tuple[list[np.ndarray], LightX2VPipeline]:
+def clips(config: Config, requests: Sequence[Case]) -> tuple[list[np.ndarray], LightX2VPipeline]:
     pipe = LightX2VPipeline.from_config(config)
-    return [pipe.generate(one.scene.prompt, seed=one.seed, quiet=True) for one in requests], pipe
+    return [pipe.generate(one.prompt, seed=one.seed, quiet=True) for one in requests], pipe
 
 
-def measured(row: Row, requests: Sequence[Request], reference: Sequence[np.ndarray]) -> dict[str, Any]:
+def measured(row: Row, requests: Sequence[Case], reference: Sequence[np.ndarray]) -> dict[str, Any]:
     """One row of the table."""
     with TemporaryDirectory() as folder:
         begin = time.perf_counter()
