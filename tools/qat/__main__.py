@@ -1,6 +1,6 @@
 """Quantize tiny-wan's blocks to few bits, train, freeze, and say how much of the lost PSNR came back.
 
-    python -m tools.qat --weights qint2 qint4 --steps 400
+    python -m tools.qat --weights qint2 qint4 --steps 200
 
 PSNR is against the clips of the unquantized model for the same prompts and seeds, none of which training sees. What is
 lost is the difference to weights of 8 bits.

@@ -48,9 +48,9 @@ def trajectories(studio: Studio, teacher: WanDiT, requests: Sequence[Case]) -> S
 class Pace:
     """Length and pace of the training."""
 
-    steps: int = 500
+    steps: int = 200
     batch: int = 16
-    lr: float = 4e-4
+    lr: float = 2e-4
     seed: int = 0
 
 
