@@ -27,12 +27,14 @@ def output_config(config: Path, source: Layout, output: Layout) -> dict[str, Any
 
 
 def _read(config: Path) -> dict[str, Any]:
+    """Its content, less what another package says there of its own files."""
     try:
         content = json.loads(config.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(config), f"cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(str(config), "is not a JSON object")
+    content.pop("quantization_config", None)
     return content
 
 

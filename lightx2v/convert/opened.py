@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
 
@@ -16,10 +17,14 @@ from lightx2v.convert.source import RowReader
 from lightx2v.encoders.keymap import t5_v1_1_linear_shapes
 from lightx2v.errors import CheckpointError
 from lightx2v.io.assembled import Assembled, Piece, taken
+from lightx2v.io.derived import Derived
 from lightx2v.io.weights import Checkpoint
 from lightx2v.models.flux.arch import FluxArch
 from lightx2v.models.flux.spec import FLUX
+from lightx2v.models.wan.spec import WAN
 
+_KEPT = 16
+"""Tensors that are made once for all of their rows, at most."""
 _UMT5 = r"\.block\.1\.layer\.0\.SelfAttention\.relative_attention_bias"
 """T5 has this in the first block alone."""
 _MARKS: Mapping[str, tuple[str, str]] = {
@@ -42,7 +47,7 @@ class PieceReader:
     """The same for tensors that are put together of pieces of others."""
 
     def __init__(self, checkpoint: Assembled) -> None:
-        self._checkpoint, self._files = checkpoint, RowReader(checkpoint.base)
+        self._checkpoint, self._files = checkpoint, open_rows(checkpoint.base)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         shape, pieces = self._checkpoint.tensors[name].shape, self._checkpoint.pieces[name]
@@ -75,9 +80,26 @@ class PieceReader:
         return taken({name: self._files.rows(name) for name in names}, piece)
 
 
+class MadeReader:
+    """The same for tensors that are made of others. The last ones are kept, since their rows are asked for in turn."""
+
+    def __init__(self, checkpoint: Derived) -> None:
+        self._checkpoint, self._files = checkpoint, open_rows(checkpoint.base)
+        self._made = lru_cache(maxsize=_KEPT)(checkpoint.load)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        recipe = self._checkpoint.recipes[name]
+        if isinstance(recipe, str):
+            return self._files.rows(recipe, start, stop)
+        made = self._made(name)
+        return made[start:stop] if made.dim() else made
+
+
 def open_rows(checkpoint: Checkpoint) -> Rows:
     """What reads the rows of the tensors of `checkpoint`. Raises CheckpointError for a .gguf file."""
-    return PieceReader(checkpoint) if isinstance(checkpoint, Assembled) else RowReader(checkpoint)
+    if isinstance(checkpoint, Assembled):
+        return PieceReader(checkpoint)
+    return MadeReader(checkpoint) if isinstance(checkpoint, Derived) else RowReader(checkpoint)
 
 
 def open_model(model_type: str, weights: Path) -> Checkpoint:
@@ -87,7 +109,9 @@ def open_model(model_type: str, weights: Path) -> Checkpoint:
     """
     checkpoint = Checkpoint.open(weights)
     _check_kind(model_type, checkpoint.tensors, str(weights))
-    if model_type == "flux_dit":
+    if model_type == "wan_dit":
+        checkpoint = WAN.open(weights)
+    elif model_type == "flux_dit":
         checkpoint = FLUX.open(weights)
         FluxArch.from_shapes({name: info.shape for name, info in checkpoint.tensors.items()}, str(weights))
     elif model_type == "flux_t5":

@@ -22,7 +22,7 @@ from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.foreign.build import empty_model
 from lightx2v.foreign.index import read_model
 from lightx2v.foreign.layers import quantizable
-from lightx2v.io.declared import declare_layers
+from lightx2v.io.declared import declare_layers, declared_layers
 from lightx2v.io.dtypes import FLOAT_NAMES, HEADER_NAMES, TORCH_DTYPES
 from lightx2v.io.headers import TensorInfo
 from lightx2v.io.weights import Checkpoint
@@ -143,8 +143,9 @@ def make_plan(options: Options) -> Plan:
         for output, ranges in outputs[original].items()
     ]
     metadata = _metadata(options, checkpoint, lora_files, layout)
+    said = _declared(checkpoint, naming)
     shards = tuple(
-        Shard(file, tuple(group), metadata | _layers(group)) for file, group in _group(options, items).items()
+        Shard(file, tuple(group), metadata | _layers(group, said)) for file, group in _group(options, items).items()
     )
     if options.comfyui_mode:
         shards = (*shards[:-1], replace(shards[-1], zeros=(_COMFY_MARK,)))
@@ -276,5 +277,12 @@ def _metadata(
     }
 
 
-def _layers(group: Iterable[Item]) -> dict[str, str]:
-    return declare_layers({item.layer: scheme_name(item.spec) for item in group if item.spec})
+def _declared(checkpoint: Checkpoint, naming: names.Naming) -> dict[str, str]:
+    """What the source says of its quantized layers, by the original name of their weights."""
+    found = {naming.original(f"{layer}.weight"): said for layer, said in declared_layers(checkpoint.metadata).items()}
+    return {name: said for name, said in found.items() if name is not None}
+
+
+def _layers(group: Iterable[Item], said: Mapping[str, str]) -> dict[str, str]:
+    kept = {item.layer: said[item.original] for item in group if not item.spec and item.original in said}
+    return declare_layers(kept | {item.layer: scheme_name(item.spec) for item in group if item.spec})
