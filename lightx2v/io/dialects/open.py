@@ -18,6 +18,7 @@ DIALECTS.add("bitsandbytes", "lightx2v.io.dialects.bitsandbytes:DIALECT")
 DIALECTS.add("torchao", "lightx2v.io.dialects.torchao:DIALECT")
 DIALECTS.add("angelslim", "lightx2v.io.dialects.angelslim:DIALECT")
 DIALECTS.add("compressed_tensors", "lightx2v.io.dialects.compressed_tensors:DIALECT")
+DIALECTS.add("lightcompress", "lightx2v.io.dialects.lightcompress:DIALECT")
 DIALECTS.add("msmodelslim", "lightx2v.io.dialects.msmodelslim:DIALECT")
 
 
