@@ -67,8 +67,10 @@ def main() -> None:
         minutes = (time.perf_counter() - began) / 60
         made = sum(file.stat().st_size for file in output.glob("*.safetensors"))
         shutil.rmtree(output)
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
-    print(f"{args.model}: {weights / 2**30:.2f} GiB of weights to {made / 2**30:.2f} GiB in {minutes:.1f} minutes")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    peak, computed = used.ru_maxrss * 1024, (used.ru_utime + used.ru_stime) / 60
+    print(f"{args.model}: {weights / 2**30:.2f} GiB of weights to {made / 2**30:.2f} GiB")
+    print(f"{minutes:.1f} minutes, {computed:.1f} of processor time")
     print(f"peak memory of the process {peak / 2**30:.2f} GiB")
 
 
