@@ -54,7 +54,8 @@ def check(function: Function, parameters: list[str]) -> None:
 
 def test_every_function_is_on_record() -> None:
     recorded = {record["place"] for record in RECORDS}
-    called = {place for function in FUNCTIONS for place in function.places}
+    every = {place for function in FUNCTIONS for place in function.places}
+    called = {place for place in every if not place.startswith("lightx2v.")}  # our own kernels in Triton
     # deep_gemm.utils has the helper in versions that do not hand it on.
     assert called - recorded == {"deep_gemm.utils:get_mn_major_tma_aligned_tensor"}
     assert recorded <= called
