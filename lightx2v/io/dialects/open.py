@@ -20,6 +20,7 @@ DIALECTS.add("angelslim", "lightx2v.io.dialects.angelslim:DIALECT")
 DIALECTS.add("compressed_tensors", "lightx2v.io.dialects.compressed_tensors:DIALECT")
 DIALECTS.add("lightcompress", "lightx2v.io.dialects.lightcompress:DIALECT")
 DIALECTS.add("msmodelslim", "lightx2v.io.dialects.msmodelslim:DIALECT")
+DIALECTS.add("nunchaku_lite", "lightx2v.io.dialects.nunchaku:DIALECT")
 
 
 def open_any(path: str | Path, wanted: Wanted) -> Checkpoint:
