@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightx2v.convert.exports.registry import EXPORTS
 from lightx2v.convert.options import FLOAT_DTYPES, LINEAR_DTYPES, LINEAR_TYPES, MODEL_TYPES, LoraOption, Options
 from lightx2v.errors import ConfigError, LightX2VError, suggestion
 
@@ -78,6 +79,11 @@ def _file_flags(parser: argparse.ArgumentParser) -> None:
     files.add_argument("--single_file", action="store_true", help="one file: <output_name>.safetensors")
     files.add_argument(
         "-c", "--chunk-size", type=int, help="tensors per file, <output_name>_partK.safetensors (default: %(default)s)"
+    )
+    files.add_argument(
+        "--to",
+        type=_one_of(EXPORTS),
+        help=f"write a quantized source as files of another package, codes copied: {', '.join(EXPORTS)}",
     )
     files.add_argument("--ignore-keys", nargs="+", help="leave out tensors whose name contains one of these")
     files.add_argument("--copy_no_weight_files", action="store_true", help="copy the other files of the source too")
@@ -168,9 +174,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "lightx2v convert") -> i
     arguments = parse(argv, prog)
     try:
         options = options_from(arguments)
-        from lightx2v.convert.run import convert
+        if options.to is not None:
+            from lightx2v.convert.exports.run import export
 
-        report = convert(options)
+            report = export(options)
+        else:
+            from lightx2v.convert.run import convert
+
+            report = convert(options)
     except LightX2VError as error:
         if arguments.debug:
             raise

@@ -121,6 +121,8 @@ class Options:
     device: str = "cpu"
     parallel: bool = True
     verify: bool = False
+    to: str | None = None
+    """The package whose files are written, of `exports.registry`; None: this engine's."""
     layers: frozenset[str] | None = None
     """`LayerRule.layers`, which planning fills in."""
 
@@ -142,6 +144,7 @@ class Options:
         if Path(self.output_name).name != self.output_name or not self.output_name:
             raise ConfigError("--output_name", f"'{self.output_name}' is not a plain file name")
         self._check_quantization()
+        self._check_export()
 
     def _check_quantization(self) -> None:
         if self.quantized and self.linear_type is None:
@@ -171,6 +174,28 @@ class Options:
             raise ConfigError("--bits", f"{self.bits} with --linear_type {self.linear_type}", allowed=allowed)
         if self.key_idx is not None and self.key_idx < 0:
             raise ConfigError("--key-idx", f"{self.key_idx}", allowed="0 or more")
+
+    def _check_export(self) -> None:
+        """Codes are copied for another package, and its files are as it has them."""
+        if self.to is None:
+            return
+        idle = {
+            "--quantized": self.quantized,
+            "--lora_path": self.loras,
+            "--non_linear_dtype": self.non_linear_dtype,
+            "--ignore-keys": self.ignore_keys,
+            "--save_by_block": self.save_by_block,
+            "--output_ext": self.pickled,
+            "--verify": self.verify,
+        }
+        if given := [flag for flag, value in idle.items() if value]:
+            raise ConfigError(
+                ", ".join(given),
+                f"has no effect with --to {self.to}, which copies codes into the package's own files",
+                do="convert first, then give the output to --to",
+            )
+        if self.direction is not None and self.model_type != "wan_dit":
+            raise ConfigError("--direction", "renames wan_dit alone with --to", do="leave it out: names stay")
 
     @property
     def pickled(self) -> bool:

@@ -33,7 +33,7 @@ FORMAT_VERSION = "1"
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks?|transformer|(double|single)_blocks)\.(\d+)\.")
 _COMFY_NAMES = {"weight_scale": "scale_weight"}
-_COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))
+COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))
 """What tells ComfyUI that the file has fp8 with scales: two zeros."""
 
 
@@ -122,7 +122,7 @@ def make_plan(options: Options) -> Plan:
         assert config is not None
         options = replace(options, layers=frozenset(quantizable(empty_model(read_model(config.parent)))))
     checkpoint = open_model(options.model_type, weights)
-    _refuse_overwriting(options, checkpoint)
+    refuse_overwriting(options, checkpoint)
     naming = names.detect(options.model_type, file_names(checkpoint), str(weights))
     layout: names.Layout = "diffusers" if options.direction == "forward" else "original"
     if layout == "diffusers" and options.model_type == "wan_clip":
@@ -148,7 +148,7 @@ def make_plan(options: Options) -> Plan:
         Shard(file, tuple(group), metadata | _layers(group, said)) for file, group in _group(options, items).items()
     )
     if options.comfyui_mode:
-        shards = (*shards[:-1], replace(shards[-1], zeros=(_COMFY_MARK,)))
+        shards = (*shards[:-1], replace(shards[-1], zeros=(COMFY_MARK,)))
     described = None
     if options.model_type == "flux_dit":  # the original has no config.json
         described = flux_config(config, naming.source, shapes) if layout == "diffusers" else None
@@ -157,7 +157,8 @@ def make_plan(options: Options) -> Plan:
     return Plan(options, checkpoint, described, shards, (*dropped, *unread(checkpoint)))
 
 
-def _refuse_overwriting(options: Options, checkpoint: Checkpoint) -> None:
+def refuse_overwriting(options: Options, checkpoint: Checkpoint) -> None:
+    """Raises ConfigError for an output where the source is."""
     output = options.output.resolve()
     if output in (options.source.resolve(), *(file.resolve().parent for file in checkpoint.files)):
         raise ConfigError("--output", f"'{options.output}' is where the source is", do="give another directory")

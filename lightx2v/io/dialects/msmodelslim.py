@@ -28,10 +28,10 @@ from torch import Tensor
 from lightx2v.io.derived import Given, Made
 from lightx2v.io.dialects.base import Found, Translation, read_json
 
-_WEIGHTS, _DESCRIPTION = "quant_model_weight", "quant_model_description"
-_FLOAT, _ATTENTION = "FLOAT", "FAQuant"
-_MULTIPLIER, _INNER = ".div.mul_scale", ".linear"
-_LOW_RANK = {"svd_lowrank_l1": "lowrank_down", "svd_lowrank_l2": "lowrank_up"}
+WEIGHTS, DESCRIPTION = "quant_model_weight", "quant_model_description"
+FLOAT, _ATTENTION = "FLOAT", "FAQuant"
+MULTIPLIER, INNER = ".div.mul_scale", ".linear"
+LOW_RANK = {"svd_lowrank_l1": "lowrank_down", "svd_lowrank_l2": "lowrank_up"}
 _BLOCK = 32
 
 
@@ -39,7 +39,7 @@ class MsModelSlim:
     """The dialect."""
 
     def detect(self, found: Found) -> bool:
-        return found.checkpoint.files[0].name.startswith(_WEIGHTS)
+        return found.checkpoint.files[0].name.startswith(WEIGHTS)
 
     def translate(self, found: Found) -> Translation:
         """Every type above; inputs of W8A8_TIMESTEP are static from the middle of the steps on, as in its examples."""
@@ -47,11 +47,11 @@ class MsModelSlim:
         translation = Translation(found)
         for name, kind in types.items():
             layer = name.removesuffix(".weight")
-            if layer == name or kind == _FLOAT or name not in found.tensors:
+            if layer == name or kind == FLOAT or name not in found.tensors:
                 continue
             reader = _READERS.get(kind.replace("_SVD", ""))
             if reader is None:
-                raise found.refuse(f"'{name}' is of type {kind}", ", ".join((_FLOAT, _ATTENTION, *_READERS)))
+                raise found.refuse(f"'{name}' is of type {kind}", ", ".join((FLOAT, _ATTENTION, *_READERS)))
             _Layer(translation, layer, kind).add(*reader)
         _attention(translation, types)
         return translation
@@ -62,12 +62,12 @@ DIALECT = MsModelSlim()
 
 def _types(found: Found) -> dict[str, str]:
     """The type of each tensor. Raises CheckpointError where no description lies beside the weights."""
-    paths = sorted(found.folder.glob(f"{_DESCRIPTION}*.json"))
-    suffix = found.checkpoint.files[0].name.removeprefix(_WEIGHTS).partition(".")[0]
-    own = [path for path in paths if suffix.startswith(path.stem.removeprefix(_DESCRIPTION))]
+    paths = sorted(found.folder.glob(f"{DESCRIPTION}*.json"))
+    suffix = found.checkpoint.files[0].name.removeprefix(WEIGHTS).partition(".")[0]
+    own = [path for path in paths if suffix.startswith(path.stem.removeprefix(DESCRIPTION))]
     if len(own or paths) != 1:
         there = ", ".join(path.name for path in paths) or "none"
-        raise found.refuse(f"needs the one {_DESCRIPTION}*.json beside it; there: {there}", do="copy it too")
+        raise found.refuse(f"needs the one {DESCRIPTION}*.json beside it; there: {there}", do="copy it too")
     said = read_json((own or paths)[0]) or {}
     types = {name: str(kind) for name, kind in said.items() if name in found.tensors}
     if unsaid := [name for name in found.tensors if name not in types]:
@@ -106,10 +106,10 @@ class _Layer:
         k = 2 * self.width if dtype == "U8" else self.width
         made: dict[str, Made] = leaves(self, k)
         if self.kind.count("_SVD"):
-            for theirs, ours in _LOW_RANK.items():
+            for theirs, ours in LOW_RANK.items():
                 made[ours] = self.translation.same(self.name(theirs))
-        outer = self.layer.removesuffix(_INNER)
-        multiplier = f"{outer}{_MULTIPLIER}"
+        outer = self.layer.removesuffix(INNER)
+        multiplier = f"{outer}{MULTIPLIER}"
         if outer != self.layer and multiplier in self.found.tensors:
             made["input_multiplier"] = Made((multiplier,), lambda given: given[multiplier].float().view(k), "F32", (k,))
         else:
