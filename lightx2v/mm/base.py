@@ -47,6 +47,12 @@ class Caps:
     """Code dtypes whose products are accumulated without any rounding."""
     rtol: float = 0.0
     """For the other dtypes: bound of |y - exact| / sum_k |x_k w_k|, before the rounding to the output dtype."""
+    rtols: Mapping[Numerics, float] = field(default_factory=dict)
+    """The same for single schemes, groups of integers being of any size."""
+
+    def bound(self, scheme: Scheme) -> float:
+        """`rtol` of one scheme."""
+        return self.rtols.get(_alike(scheme), self.rtol)
 
 
 def move_buffers(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> None:
@@ -176,9 +182,13 @@ def capability_words(device: DeviceInfo) -> str:
 
 def computes(caps: Caps, scheme: Scheme) -> bool:
     """Whether `scheme` is among the schemes of `caps`, where groups of integers are of any size."""
+    return scheme.numerics in caps.schemes or _alike(scheme) in caps.schemes
+
+
+def _alike(scheme: Scheme) -> Numerics:
+    """The scheme whose groups of integers stand for those of any size."""
     weight, activation = scheme.numerics
-    alike = weight and weight.generic, activation and activation.generic
-    return scheme.numerics in caps.schemes or alike in caps.schemes
+    return weight and weight.generic, activation and activation.generic
 
 
 def lacks(caps: Caps, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:

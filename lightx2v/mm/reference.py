@@ -47,10 +47,11 @@ SCHEMES = frozenset({(INT8_CHANNEL, INT8_TOKEN), (FP8_CHANNEL, FP8_TOKEN), (FP8_
 """The 8-bit schemes of tokens and groups."""
 WHOLE = frozenset({(FP8_TENSOR, FP8_TENSOR), (FP8_TENSOR, FP8_TENSOR_DYNAMIC)})
 """fp8 with one scale for all tokens, from the checkpoint or not."""
+W4A4 = (INT4_G64.generic, INT4_G64_DYNAMIC.generic)
 BLOCKS = frozenset(
     {
         *((MXFP8, MXFP8_DYNAMIC), (MXFP6, MXFP8_DYNAMIC), (MXFP4, MXFP4_DYNAMIC), (NVFP4, NVFP4_DYNAMIC)),
-        (INT4_G64.generic, INT4_G64_DYNAMIC.generic),
+        W4A4,
     },
 )
 """Schemes with a scale for each 16, 32 or 64 values on both sides."""

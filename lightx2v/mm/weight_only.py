@@ -14,6 +14,7 @@ from torch import Tensor
 from lightx2v.mm.base import Caps, Leaves, Packed, lacks
 from lightx2v.mm.reference import (
     BLOCKS,
+    W4A4,
     WEIGHT_ONLY,
     WHOLE,
     QuantizeAny,
@@ -42,7 +43,8 @@ class Dequantize(QuantizeAny):
     """Any scheme by a floating-point product."""
 
     name = "dequantize"
-    caps = Caps(WHOLE | BLOCKS | WEIGHT_ONLY, rtol=2.0**-7)
+    # Both factors of W4A4 are rounded to bfloat16, and their product is.
+    caps = Caps(WHOLE | BLOCKS | WEIGHT_ONLY, rtol=2.0**-7, rtols={W4A4: 3 * 2.0**-8})
 
     def __init__(self) -> None:
         self._slow: dict[str, bool] = {}
@@ -84,7 +86,9 @@ class Dequantize(QuantizeAny):
             values = x.codes.to(dtype)
         else:
             scale = x.scale[:, :-1] if spec.dtype == "nvfp4" else x.scale
-            values = blocks.scale_blocks(_codes(x.codes, dtype), scale, spec.size)
+            # Scales that are no powers of two are rounded with their products, not before.
+            exact = torch.float32 if spec.dtype == "int4" else dtype
+            values = blocks.scale_blocks(_codes(x.codes, exact), scale, spec.size).to(dtype)
         products = []
         for start, stop in _slabs(spec, packed, 0, packed.n, PRODUCT_ELEMENTS):
             weight = dequantize_rows(spec, packed, start, stop, dtype)

@@ -82,7 +82,7 @@ def check_product(
     rounded = case.dtype if case.dtype in caps.out_dtypes else torch.bfloat16
     eps = max(torch.finfo(case.dtype).eps, torch.finfo(rounded).eps)
     # Scales and the bias round a few times in float32 even where the accumulation is exact.
-    rtol = 2.0**-21 if scheme.weight.dtype in caps.exact else caps.rtol
+    rtol = 2.0**-21 if scheme.weight.dtype in caps.exact else caps.bound(scheme)
     excess = (result.cpu()[rows].double() - exact).abs() - (size * rtol + exact.abs() * eps + torch.finfo(rounded).tiny)
     assert excess.max() <= 0, (
         f"{int((excess > 0).sum())} of {excess.numel()} results are off, by up to {excess.max():.3g}"

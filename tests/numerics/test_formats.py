@@ -70,7 +70,7 @@ def check(device: DeviceInfo, library: str, scheme: Scheme, x: Tensor, weight: T
     exact, size = xd @ wd.T, xd.abs() @ wd.abs().T
     if bias is not None:
         exact, size = exact + bias.double(), size + bias.double().abs()
-    rtol = 2.0**-21 if scheme.weight.dtype in adapter.caps.exact and scheme.activation else adapter.caps.rtol
+    rtol = 2.0**-21 if scheme.weight.dtype in adapter.caps.exact and scheme.activation else adapter.caps.bound(scheme)
     info = torch.finfo(x.dtype)
     limit = size * rtol + exact.abs() * info.eps + info.tiny
     assert got.dtype == x.dtype and got.shape == exact.shape
