@@ -93,8 +93,8 @@ def test_a_recipe_is_followed_and_runs(
 def test_multipliers_go_into_norms_and_values_where_they_can(tmp_path: Path, plain: np.ndarray) -> None:
     kept, folded = tmp_path / "kept", tmp_path / "folded"
     smooth = {"smooth": "awq", "observer": "histogram"}
-    made(kept, "int4-w4a4", sensitive="none", fold=False, **smooth)
-    made(folded, "int4-w4a4", sensitive="none", **smooth)
+    reports = [made(kept, "int4-w4a4", sensitive="none", fold=False, **smooth)]
+    reports.append(made(folded, "int4-w4a4", sensitive="none", **smooth))
     stored, without = load_file(kept / "block_1.safetensors"), load_file(folded / "block_1.safetensors")
     gone = {name for name in stored.keys() - without.keys()}
     assert gone and gone <= {
@@ -105,7 +105,10 @@ def test_multipliers_go_into_norms_and_values_where_they_can(tmp_path: Path, pla
     if "blocks.1.cross_attn.q.input_multiplier" in gone:
         factor = without["blocks.1.norm3.weight"] / stored["blocks.1.norm3.weight"]
         torch.testing.assert_close(factor, stored["blocks.1.cross_attn.q.input_multiplier"], rtol=1e-2, atol=1e-2)
-    assert abs(psnr(frames(kept), plain) - psnr(frames(folded), plain)) < 2.5
+    # Single clips of four bits differ by some dB however little differs; what the layers lose does not.
+    before, after = (np.array([report.layers[name].error for name in reports[0].layers]) for report in reports)
+    assert abs(after.mean() / before.mean() - 1) < 0.02 and (after < 1.3 * before).all()
+    assert min(psnr(frames(path), plain) for path in (kept, folded)) > 25
 
 
 def test_scales_of_attention_come_with_the_weights(tmp_path: Path, plain: np.ndarray) -> None:
