@@ -16,8 +16,7 @@ from lightx2v import __version__
 from lightx2v.calibrate.part import PartResult
 from lightx2v.calibrate.report import LayerReport
 from lightx2v.calibrate.walk import Part
-from lightx2v.convert.configs import write_json
-from lightx2v.convert.planning import INDEX
+from lightx2v.convert.configs import INDEX, write_index, write_json
 from lightx2v.io.declared import declare_layers
 from lightx2v.io.headers import read_header
 from lightx2v.io.source import Source
@@ -85,8 +84,7 @@ class Output:
     def publish(self, parts: Sequence[str], report: Mapping[str, Any]) -> None:
         """Give the files their names, the index last."""
         files = [self._file(part) for part in (*parts, REST) if self._file(part).is_file()]
-        index = self.folder / INDEX
-        index.unlink(missing_ok=True)
+        (self.folder / INDEX).unlink(missing_ok=True)
         weight_map: dict[str, str] = {}
         total = 0
         for file in files:
@@ -95,7 +93,7 @@ class Output:
             total += sum(info.nbytes for info in infos)
             os.replace(file, self.folder / file.name)
         write_json(self.folder / REPORT, dict(report))
-        write_json(index, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+        write_index(self.folder, weight_map, total)
         shutil.rmtree(self.staging, ignore_errors=True)
 
     def _file(self, part: str) -> Path:

@@ -14,6 +14,7 @@ from lightx2v.io.files import whole_file
 from lightx2v.models.flux.arch import FluxArch
 from lightx2v.models.wan.arch import WanArch
 
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _WEIGHTS = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".gguf", ".index.json")
 
 
@@ -123,3 +124,9 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a small file, whole or not at all."""
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def write_index(folder: Path, weight_map: Mapping[str, str], total: int) -> None:
+    """The index of a folder's files: the file of each tensor, and the bytes of all."""
+    content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, content)

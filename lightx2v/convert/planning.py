@@ -30,7 +30,6 @@ from lightx2v.quant.layouts import SCALE_LEAVES, layouts_of
 from lightx2v.quant.spec import QSpec
 
 FORMAT_VERSION = "1"
-INDEX = "diffusion_pytorch_model.safetensors.index.json"
 _BLOCK = re.compile(r"(?:^|\.)(?:blocks?|transformer|(double|single)_blocks)\.(\d+)\.")
 _COMFY_NAMES = {"weight_scale": "scale_weight"}
 COMFY_MARK = Slot("scaled_fp8", "F8_E4M3", (2,))

@@ -17,9 +17,9 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
-from lightx2v.convert.configs import copy_other_files, write_json
+from lightx2v.convert.configs import INDEX, copy_other_files, write_index, write_json
 from lightx2v.convert.options import Options
-from lightx2v.convert.planning import INDEX, Plan, Shard, make_plan
+from lightx2v.convert.planning import Plan, Shard, make_plan
 from lightx2v.convert.slabs import Converter, Job, Runner
 from lightx2v.convert.verify import LayerError, verify
 from lightx2v.convert.writer import OutputFile, open_output
@@ -206,10 +206,10 @@ def _publish(plan: Plan, staging: Path) -> None:
     if plan.options.copy_no_weight_files:
         copy_other_files(plan.checkpoint.files[0].parent, output)
     if plan.indexed:
-        _write_index(plan)
+        _index(plan)
 
 
-def _write_index(plan: Plan) -> None:
+def _index(plan: Plan) -> None:
     output = plan.options.output
     files = {shard.file for shard in plan.shards}
     others = sorted(path.name for path in output.glob("*.safetensors") if path.name not in files)
@@ -217,4 +217,4 @@ def _write_index(plan: Plan) -> None:
         logger.warning("{} also holds {}, which the index does not name", output, ", ".join(others[:5]))
     weight_map = {slot.name: shard.file for shard in plan.shards for slot in shard.slots}
     total = sum(slot.nbytes for shard in plan.shards for slot in shard.slots)
-    write_json(output / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_index(output, weight_map, total)

@@ -11,37 +11,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Leaves, Packed, lacks
-from lightx2v.mm.reference import WHOLE, QuantizeAny, held, held_code_bytes, hold
+from lightx2v.mm.base import Caps, Packed
+from lightx2v.mm.reference import WHOLE, Held
 from lightx2v.mm.scheme import Scheme
 from lightx2v.platform import DeviceInfo
 from lightx2v.quant.numerics import Quantized
 from lightx2v.quant.spec import FP8_TENSOR
 
 
-class AngelSlim(QuantizeAny):
+class AngelSlim(Held):
     """`fp8_gemm` without native support and `fp8_weight_only_gemm` of angelslim 0.5."""
 
     name = "angelslim"
     caps = Caps(WHOLE | {(FP8_TENSOR, None)}, rtol=2.0**-7)
 
-    def available(self, device: DeviceInfo) -> str | None:
-        return None
-
-    def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
-        return lacks(self.caps, scheme, n, k, device)
-
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         return "weights dequantized at each call, rounded as AngelSlim does"
-
-    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
-        return held_code_bytes(scheme)
-
-    def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
-        return hold(scheme, leaves)
-
-    def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
-        return held(scheme, packed)
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         dtype = torch.bfloat16 if out_dtype == torch.bfloat16 else torch.float32

@@ -119,20 +119,16 @@ class QuantizeAny(TwoSteps):
         return quantize_input(x, spec, rounding_of(scheme.act_library, spec), input_scale(packed))
 
 
-class Reference(QuantizeAny):
-    """The scheme's definition as code. Keeps codes and scales as the checkpoint has them."""
+class Held(QuantizeAny):
+    """A library that keeps codes and scales as the checkpoint has them, and runs on every device."""
 
-    name = "reference"
-    caps = Caps(SCHEMES | WHOLE | BLOCKS | WEIGHT_ONLY, exact=frozenset({"int8"}), rtol=1e-5)
+    caps: Caps
 
     def available(self, device: DeviceInfo) -> str | None:
         return None
 
     def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
         return lacks(self.caps, scheme, n, k, device)
-
-    def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
-        return "plain torch, slow"
 
     def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
         return held_code_bytes(scheme)
@@ -142,6 +138,16 @@ class Reference(QuantizeAny):
 
     def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
         return held(scheme, packed)
+
+
+class Reference(Held):
+    """The scheme's definition as code. Keeps codes and scales as the checkpoint has them."""
+
+    name = "reference"
+    caps = Caps(SCHEMES | WHOLE | BLOCKS | WEIGHT_ONLY, exact=frozenset({"int8"}), rtol=1e-5)
+
+    def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
+        return "plain torch, slow"
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         assert scheme.weight is not None

@@ -11,17 +11,14 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightx2v.mm.base import Caps, Leaves, Packed, lacks
+from lightx2v.mm.base import Caps, Leaves, Packed
 from lightx2v.mm.reference import (
     BLOCKS,
     W4A4,
     WEIGHT_ONLY,
     WHOLE,
-    QuantizeAny,
-    held,
-    held_code_bytes,
+    Held,
     held_tensors,
-    hold,
 )
 from lightx2v.mm.scheme import Scheme
 from lightx2v.mm.torch_fp8 import _has_bfloat16, _to_bfloat16
@@ -39,7 +36,7 @@ PRODUCT_ELEMENTS = {"cpu": 1 << 23, "accelerator": 1 << 26}
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Dequantize(QuantizeAny):
+class Dequantize(Held):
     """Any scheme by a floating-point product."""
 
     name = "dequantize"
@@ -50,20 +47,11 @@ class Dequantize(QuantizeAny):
         self._slow: dict[str, bool] = {}
         """Device type -> whether it has no bfloat16 product."""
 
-    def available(self, device: DeviceInfo) -> str | None:
-        return None
-
-    def can_serve(self, scheme: Scheme, n: int, k: int, device: DeviceInfo) -> str | None:
-        return lacks(self.caps, scheme, n, k, device)
-
     def describe(self, scheme: Scheme, device: DeviceInfo) -> str:
         return "weights dequantized at each call: memory won, speed not"
 
-    def code_bytes(self, scheme: Scheme, device: DeviceInfo) -> float:
-        return held_code_bytes(scheme)
-
     def prepare(self, scheme: Scheme, leaves: Leaves) -> Packed:
-        packed = hold(scheme, leaves)
+        packed = super().prepare(scheme, leaves)
         # Found out here, because neither this nor the tables of values can be when a compiler traces the product.
         device = packed.weight.device
         self._slow[device.type] = _has_bfloat16(device) is not None
@@ -71,9 +59,6 @@ class Dequantize(QuantizeAny):
         for dtype in {self._product_dtype(scheme, packed.weight.device, dtype) for dtype in _DTYPES}:
             dequantize_rows(scheme.weight, packed, 0, 1, dtype)
         return packed
-
-    def unpack(self, scheme: Scheme, packed: Packed) -> Leaves:
-        return held(scheme, packed)
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         spec, dtype = scheme.weight, self._product_dtype(scheme, x.codes.device, x.codes.dtype)
