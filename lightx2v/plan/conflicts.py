@@ -10,6 +10,7 @@ from lightx2v.config.features import CacheConfig
 from lightx2v.config.schema import Config
 from lightx2v.errors import ConfigError
 from lightx2v.features.offload.choose import check_settings
+from lightx2v.mm.scheme import Scheme, parse
 
 _INSIDE = ("fora", "pab")
 """Caches that leave out parts of a block."""
@@ -41,7 +42,19 @@ def _steps_of(cache: CacheConfig) -> int | None:
     return len(first) if isinstance(first, tuple) else len(cache.ratios)
 
 
+def varies(scheme: Scheme) -> bool:
+    """Whether the kernels that a layer runs on depend on the step, or on what its input holds."""
+    activation = scheme.activation
+    return activation is not None and (activation.granularity == "step" or activation.outliers > 0)
+
+
 CONFLICTS = (
+    Conflict(
+        "mm_config.mm_type",
+        "graphs",
+        lambda config: config.graphs and varies(parse(config.mm_config.mm_type)),
+        "computes other things at other steps, and a recorded graph always does the same",
+    ),
     Conflict(
         "cache.type",
         "graphs",

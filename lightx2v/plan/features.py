@@ -19,6 +19,7 @@ from lightx2v.features.lora.plan import LoraPlan, plan_loras
 from lightx2v.features.offload.choose import Placement, Sizes, decide, measure
 from lightx2v.io.dtypes import DTYPE_BYTES
 from lightx2v.models.spec import FamilySpec
+from lightx2v.plan.conflicts import varies
 from lightx2v.plan.layers import ComponentPlan
 from lightx2v.plan.plan import Plan
 from lightx2v.platform import DeviceInfo, compiler_for, graph_recorder, select_device
@@ -32,8 +33,7 @@ def check_compilers(config: Config, device: DeviceInfo, dit: ComponentPlan) -> N
     if config.graphs and graph_recorder(device) is None:
         raise ConfigError("graphs", f"is true, and {device.name} records no graphs", do="set graphs to false")
     for layer in dit.layers if config.graphs else ():
-        activation = layer.scheme.activation
-        if activation is not None and (activation.granularity == "step" or activation.outliers):
+        if varies(layer.scheme):
             raise ConfigError(
                 "graphs",
                 f"is true, and layer '{layer.name}' has mm_type '{layer.mm_type}', which computes other things"
