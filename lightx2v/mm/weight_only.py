@@ -61,7 +61,8 @@ class Dequantize(Held):
         return packed
 
     def gemm(self, scheme: Scheme, x: Quantized, packed: Packed, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        spec, dtype = scheme.weight, self._product_dtype(scheme, x.codes.device, x.codes.dtype)
+        given = x.codes.dtype if scheme.activation is None else out_dtype
+        spec, dtype = scheme.weight, self._product_dtype(scheme, x.codes.device, given)
         assert spec is not None
         whole = scheme.activation is not None and scheme.activation.granularity == "tensor"
         if whole:
@@ -87,9 +88,12 @@ class Dequantize(Held):
         return _finish(product, None, None, bias, out_dtype)
 
     def _product_dtype(self, scheme: Scheme, device: torch.device, x: torch.dtype) -> torch.dtype:
-        """What to multiply in: bfloat16, exact for quantized activations; without them the dtype of x if it is fast."""
+        """What to multiply inputs of dtype `x` in, which is that of the result too; without codes for them `x` if fast.
+
+        Codes of inputs are exact in bfloat16, but their products come out rounded to it: float32 gets those of float32.
+        """
         if scheme.activation is not None:
-            return torch.float32 if self._slow[device.type] else torch.bfloat16
+            return torch.float32 if self._slow[device.type] or x == torch.float32 else torch.bfloat16
         narrow = x == torch.float16 or self._slow[device.type]
         return torch.float32 if device.type == "cpu" and narrow else x
 

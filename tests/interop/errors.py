@@ -16,8 +16,15 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as root:
                 model = stored.load(stored.model_dir(folder, Path(root))).model
             given = stored.example(folder)
-            error = stored.relative_error(stored.run(model, given), given["output"])
-            print(f"{package}/{variant}: {error:.1e}")
+            output = stored.run(model, given)
+            print(f"{package}/{variant}: {stored.relative_error(output, given['output']):.1e}")
+            if package == "angelslim":
+                rounded = stored.example(folder.with_name(f"{variant}-bfloat16"))["output"]
+                between = stored.relative_error(given["output"], rounded)
+                moved = stored.run(model, given, stored.BFLOAT16_GUIDANCE)
+                print(f"  its model of bfloat16: {stored.relative_error(output, rounded):.1e}; ", end="")
+                print(f"with the guidance of bfloat16 {stored.relative_error(moved, rounded):.1e}; ", end="")
+                print(f"its own in float32 {between:.1e}")
 
 
 if __name__ == "__main__":

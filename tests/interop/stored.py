@@ -26,6 +26,8 @@ from lightx2v.platform import DeviceInfo
 DATA = Path(__file__).parents[1] / "data" / "interop"
 CPU = DeviceInfo("cpu", 0, "a CPU", None, 1, 1)
 GUIDANCE = 3.5
+BFLOAT16_GUIDANCE = 3.504
+"""What diffusers' FLUX embeds of it in bfloat16: 1000 times 3.5 is rounded there."""
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
@@ -92,14 +94,15 @@ def edit(root: Path, change: Callable[[dict[str, Tensor], dict[str, str], dict[s
 
 
 def example(folder: Path) -> dict[str, Tensor]:
+    """Inputs, and what the package made of them."""
     return load_file(folder.with_name(f"{folder.name}.example.safetensors"))
 
 
 @torch.no_grad()
-def run(model: nn.Module, stored: dict[str, Tensor]) -> Tensor:
+def run(model: nn.Module, stored: dict[str, Tensor], guidance: float = GUIDANCE) -> Tensor:
     """The model on the inputs of an example."""
     pooled = stored.get("pooled")
-    conditions = Conditions(text=stored["text"], pooled=pooled, guidance=GUIDANCE if pooled is not None else None)
+    conditions = Conditions(text=stored["text"], pooled=pooled, guidance=guidance if pooled is not None else None)
     output: Tensor = model(stored["latents"], stored["timestep"], conditions)
     return output
 

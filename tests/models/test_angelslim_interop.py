@@ -17,7 +17,7 @@ from lightx2v.integrations.linear import MovableLinear
 
 DATA = Path(__file__).parents[1] / "data" / "interop" / "angelslim"
 CLASSES: dict[str, Any] = {"wan": WanTransformer3DModel, "flux": FluxTransformer2DModel}
-TYPES = {"": "fp8-per-tensor", "-weight-only": "fp8-per-tensor-weight-only"}
+TYPES = {"-bfloat16": "fp8-per-tensor", "-weight-only": "fp8-per-tensor-weight-only"}
 
 
 @torch.no_grad()
@@ -52,26 +52,25 @@ def test_its_export_gives_what_it_gives_there(name: str, suffix: str) -> None:
     # AngelSlim casts diffusers' tables of positions too; codes and scales stay.
     model.to(torch.bfloat16)
     assert off(run(model, example), example["output"]) <= 1e-3
-    for key in example:
-        if key.endswith(".weight"):
-            layer = model.get_submodule(key.removesuffix(".weight"))
-            assert isinstance(layer, MovableLinear)
-            state = layer.state_dict()
-            values = state["weight"].float() * state["weight_scale"]
-            assert torch.equal(values[: example[key].shape[0]], example[key])
+    layers = {key: model.get_submodule(key.removesuffix(".weight")) for key in example if key.endswith(".weight")}
+    assert sum(isinstance(layer, MovableLinear) for layer in layers.values()) == 2
+    for key, layer in layers.items():
+        state = layer.state_dict()
+        values = state["weight"].float() * state.get("weight_scale", 1.0)
+        assert torch.equal(values[: example[key].shape[0]], example[key])
 
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_its_own_way_back_works_here(name: str) -> None:
     """from_pretrained reads the codes as numbers, convert_linear the scales."""
-    example = load_file(DATA / f"{name}.example.safetensors")
+    example = load_file(DATA / f"{name}-bfloat16.example.safetensors")
     model = CLASSES[name].from_pretrained(DATA / name).eval()
     DynamicDiTQuantizer("fp8-per-tensor").convert_linear(model, scale=str(DATA / name))
     assert off(run(model.to(torch.bfloat16), example), example["output"]) <= 1e-3
 
 
 def test_tables_of_positions_in_float32_are_what_diffusers_wants() -> None:
-    example = load_file(DATA / "wan.example.safetensors")
+    example = load_file(DATA / "wan-bfloat16.example.safetensors")
     model = load_quantized_model(WanTransformer3DModel, DATA / "wan")
     assert 0 < off(run(model, example), example["output"]) < 0.02
 

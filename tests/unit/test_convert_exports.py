@@ -63,7 +63,7 @@ def opened(folder: Path) -> Checkpoint:
 @pytest.mark.parametrize(
     ("to", "mm_type", "more", "read"),
     [
-        ("angelslim", "fp8-pertensor", {}, "fp8-pertensor-dynamic"),
+        ("angelslim", "fp8-pertensor", {}, "W-fp8-tensor-sym-A-fp8-tensor-sym-dynamic-Auto-ActAngelSlim"),
         ("comfyui", "fp8-pertensor", {}, None),
         ("comfyui", "fp8-pertensor", {"input_scale": torch.tensor(0.5)}, None),
         ("quanto", "int8", {}, "int8-weight-only"),

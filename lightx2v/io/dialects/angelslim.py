@@ -17,7 +17,8 @@ from lightx2v.io.weights import Checkpoint
 
 SCALES = "fp8_scales.safetensors"
 _SCALE = ".weight_scale"
-_MM_TYPE = "fp8-pertensor-dynamic"
+_MM_TYPE = "W-fp8-tensor-sym-A-fp8-tensor-sym-dynamic-Auto-ActAngelSlim"
+"""With its arithmetic for the scale of inputs: that of their dtype, bfloat16 too."""
 
 
 class AngelSlim:

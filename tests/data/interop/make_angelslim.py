@@ -1,4 +1,8 @@
-"""AngelSlim's per-tensor export, and what its own layers give, with its arithmetic for devices without fp8 products."""
+"""AngelSlim's per-tensor export, and what its own layers give, with its arithmetic for devices without fp8 products.
+
+Of each model the example is in float32: AngelSlim's own functions on float32 inputs, which its layers would round to
+bfloat16 before they call them. `<model>-bfloat16` is what the layers give as they are, in a model of bfloat16.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +35,35 @@ def package() -> types.ModuleType:
 
 
 def weight_of(layer: Any) -> Tensor:
-    return layer.weight.float() * layer.weight_scale
+    return layer.weight.float() * getattr(layer, "weight_scale", 1.0)
+
+
+class Float32Layer(nn.Module):
+    """A layer of AngelSlim's on the inputs that it is given, float32 ones as they are."""
+
+    def __init__(self, functions: Any, layer: Any) -> None:
+        super().__init__()
+        self.functions = functions
+        self.weight, self.weight_scale = layer.weight, layer.weight_scale
+        self.bias = None if layer.bias is None else layer.bias.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scale = self.functions.fp8_per_tensor_quant(x)
+        product: Tensor = self.functions.fp8_gemm(codes, scale, self.weight, self.weight_scale, self.bias, x.dtype)
+        return product
+
+
+@torch.no_grad()
+def in_float32(converted: nn.Module, model: nn.Module) -> nn.Module:
+    """`model`, of float32, with the layers and the numbers of the model that AngelSlim converted."""
+    functions = importlib.import_module("angelslim.compressor.diffusion.quant.quant_func")
+    for name, layer in converted.named_modules():
+        if type(layer).__name__ == "FP8DynamicLinear":
+            model.set_submodule(name, Float32Layer(functions, layer))
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32:
+            parameter.copy_(converted.get_parameter(name).float())
+    return model
 
 
 def write_sources(path: Path, model: nn.Module) -> None:
@@ -50,7 +82,8 @@ if __name__ == "__main__":
         angelslim.DynamicDiTQuantizer("fp8-per-tensor", native_fp8_support=False).export_quantized_weight(
             model, str(folder)
         )
-        write_example(folder, model, weight_of, ("angelslim",), torch.bfloat16)
+        write_example(folder, in_float32(model, build(width=32)), weight_of, ("angelslim",))
+        write_example(folder.with_name(f"{name}-bfloat16"), model, weight_of, ("angelslim",), torch.bfloat16)
         # The same file under the other type of which AngelSlim's export can be read.
         model = build(width=32)
         angelslim.DynamicDiTQuantizer("fp8-per-tensor-weight-only", native_fp8_support=False).convert_linear(model)
