@@ -85,8 +85,9 @@ def kernels(fp8: bool) -> None:
     kinds = ("int8", "fp8") if fp8 else ("int8",)
     for kind in kinds:
         ops.quantize_tokens(half[0], kind)
-        ops.layer_norm_codes(x, table, table, 1e-6, torch.bfloat16, kind)
-        ops.gelu_codes(half[0], kind)
+        ops.layer_norm_codes(x, table, table, None, 1e-6, torch.bfloat16, kind)
+        ops.sum_norm_codes(x, half, table, table, table, None, 1e-6, torch.bfloat16, kind)
+        ops.gelu_codes(half[0], None, kind)
         dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
         a, b = (torch.zeros(rows, 5120, dtype=torch.uint8).view(dtype) for rows in (256, 13824))
         bias = torch.empty(13824)

@@ -133,9 +133,9 @@ def quantizers(device: DeviceInfo, sizes: Sizes, top: Peaks) -> Iterator[Row]:
         "tokens to fp8": (lambda: ops.quantize_tokens(x, "fp8"), 3 * x.numel()),
         "tokens to int8": (lambda: ops.quantize_tokens(x, "int8"), 3 * x.numel()),
         "groups of 128 to fp8": (lambda: ops.quantize_groups(x, "fp8"), 3 * x.numel()),
-        "GELU and tokens to fp8": (lambda: ops.gelu_codes(x, "fp8"), 3 * x.numel()),
+        "GELU and tokens to fp8": (lambda: ops.gelu_codes(x, None, "fp8"), 3 * x.numel()),
         "layer norm and tokens to fp8": (
-            lambda: ops.layer_norm_codes(wide, table, table, 1e-6, torch.bfloat16, "fp8"),
+            lambda: ops.layer_norm_codes(wide, table, table, None, 1e-6, torch.bfloat16, "fp8"),
             5 * wide.numel(),
         ),
     }

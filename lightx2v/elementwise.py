@@ -25,7 +25,7 @@ Rope = tuple[Tensor, Tensor]
 def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over D of x [B, L, D], times `weight` and plus `bias` [D], as `dtype`."""
     if weight is not None and bias is not None and x.dtype == torch.float32:
-        kernels = _kernels(x, dtype, weight, bias)
+        kernels = kernels_for(x, dtype, weight, bias)
         if kernels is not None:
             made: Tensor = kernels.layer_norm(x, weight.float(), bias.float(), eps, dtype)
             return made
@@ -35,7 +35,7 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
 def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """Layer norm over D of float32 x [B, L, D], times 1 + `scale` plus `shift`, float32 [B or 1, 1, D], as `dtype`."""
-    kernels = _kernels(x, dtype, shift, scale)
+    kernels = kernels_for(x, dtype, shift, scale)
     if kernels is not None:
         made: Tensor = kernels.layer_norm(x, 1 + scale, shift, eps, dtype)
         return made
@@ -49,7 +49,7 @@ def norm_rope(x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Ro
     `rope` no rotation. The result has the dtype of x.
     """
     weight = None if weight is None else weight.float()
-    kernels = _kernels(x, x.dtype, weight)
+    kernels = kernels_for(x, x.dtype, weight)
     if kernels is not None:
         cosines, sines = (None, None) if rope is None else (table.flatten(1) for table in rope)
         made: Tensor = kernels.rms_rope(x, weight, cosines, sines, heads, eps).unflatten(2, (heads, -1))
@@ -70,7 +70,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 
 def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
     """The residual stream: float32 x [B, L, D] plus y times `gate`, float32 [B or 1, 1, D], where there is one."""
-    kernels = _kernels(x, y.dtype, y, gate)
+    kernels = kernels_for(x, y.dtype, y, gate)
     if kernels is not None:
         made: Tensor = kernels.add_gated(x, y, gate)
         return made
@@ -79,7 +79,7 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None = None) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU with the tanh approximation (Hendrycks & Gimpel 2016)."""
-    kernels = _kernels(x, x.dtype)
+    kernels = kernels_for(x, x.dtype)
     if kernels is not None:
         made: Tensor = kernels.gelu_tanh(x)
         return made
@@ -88,19 +88,23 @@ def gelu_tanh(x: Tensor) -> Tensor:
 
 def has_gelu_codes(x: Tensor) -> bool:
     """Whether `gelu_codes` can be called for tensors like x."""
-    return hasattr(_kernels(x, x.dtype), "gelu_codes")
+    return hasattr(kernels_for(x, x.dtype), "gelu_codes")
 
 
-def gelu_codes(x: Tensor, kind: str) -> Quantized:
+def gelu_codes(x: Tensor, kind: str, multiplier: Tensor | None) -> Quantized:
     """The GELU of x [M, K], rounded to its dtype, as codes of `kind` with a scale per row, in one pass.
 
-    `kind` is "int8" or "fp8"; rounding is quant.numerics.NATIVE. For devices with `has_gelu_codes`.
+    `kind` is "int8" or "fp8"; rounding is quant.numerics.NATIVE. A float32 `multiplier` [K] comes between the two, with
+    a rounding of its own. For devices with `has_gelu_codes`.
     """
-    return Quantized(*_kernels(x, x.dtype).gelu_codes(x, kind))
+    return Quantized(*kernels_for(x, x.dtype).gelu_codes(x, multiplier, kind))
 
 
-def _kernels(x: Tensor, result: torch.dtype, *others: Tensor | None) -> Any:
-    """Kernels that can do it, `native.ops` or `kernels.ops`; None where there are none, or a gradient is asked for."""
+def kernels_for(x: Tensor, result: torch.dtype, *others: Tensor | None) -> Any:
+    """Kernels, `native.ops` or `kernels.ops`, that can take x and the others to a result of that dtype.
+
+    None where there are none, or a gradient is asked for.
+    """
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *others)):
         return None
     if x.device.type == "cpu":

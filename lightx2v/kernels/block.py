@@ -1,10 +1,13 @@
 """What a transformer block computes between its products, one pass each, and the same followed by quantization.
 
 Norms, rotations and the residual stream are float32. A quantized result is rounded to the dtype that it would have had
-first, so that its codes are those of the two steps apart. A program has one row.
+first, so that its codes are those of the two steps apart. A program has one row. Nothing here is launched with fused
+multiplications and additions: they round once, and so differently in each kernel that they are put into.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -26,17 +29,22 @@ def _store_row(
     out: tl.tensor,
     scales: tl.tensor,
     values: tl.tensor,
+    multiplier: tl.tensor,
     row: tl.tensor,
     columns: tl.tensor,
     WIDTH: tl.tensor,
     DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     INTEGER: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
 ) -> None:
-    """A row of float32 values as DTYPE; as codes with a scale where LEVELS is not 0."""
+    """A row of float32 values as DTYPE; as codes with a scale where LEVELS is not 0, times `multiplier` [WIDTH]."""
     values = values.to(DTYPE)
     if LEVELS != 0.0:
         values = values.to(tl.float32)
+        if MULTIPLIED:
+            by = tl.load(multiplier + columns, mask=columns < WIDTH, other=0.0)
+            values = (values * by).to(DTYPE).to(tl.float32)
         amax = largest(values, 0)
         tl.store(scales + row, tl.div_rn(amax, LEVELS))
         values = codes_of(values, factor_of(amax, LEVELS), INTEGER)
@@ -44,31 +52,66 @@ def _store_row(
 
 
 @triton.jit
+def _add_row(
+    values: tl.tensor,
+    y: tl.tensor,
+    gate: tl.tensor,
+    total: tl.tensor,
+    row: tl.tensor,
+    columns: tl.tensor,
+    WIDTH: tl.tensor,
+    TOKENS: tl.tensor,
+    stride: tl.tensor,
+    GATED: tl.constexpr,
+) -> tl.tensor:
+    """A row of float32 values plus y times a gate, one for TOKENS rows, `stride` apart; stored in `total`."""
+    inside = columns < WIDTH
+    add = tl.load(y + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        add *= tl.load(gate + row // TOKENS * stride + columns, mask=inside, other=0.0)
+    values += add
+    tl.store(total + row * WIDTH + columns, values, mask=inside)
+    return values
+
+
+@triton.jit
 def _norm_kernel(
     x: tl.tensor,
+    y: tl.tensor,
+    gate: tl.tensor,
     factor: tl.tensor,
     offset: tl.tensor,
+    multiplier: tl.tensor,
+    total: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
     eps: tl.tensor,
     WIDTH: tl.tensor,
+    GATE_TOKENS: tl.tensor,
+    gate_stride: tl.tensor,
     TOKENS: tl.tensor,
     stride: tl.tensor,
+    ADDED: tl.constexpr,
+    GATED: tl.constexpr,
     DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     INTEGER: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Layer norm of x [M, WIDTH] times `factor` plus `offset`: one of each for TOKENS rows, `stride` apart."""
+    """Layer norm of x [M, WIDTH], or of x plus y, times `factor` plus `offset`: one of each for TOKENS rows."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < WIDTH
     values = tl.load(x + row * WIDTH + columns, mask=inside, other=0.0).to(tl.float32)
+    if ADDED:
+        values = _add_row(values, y, gate, total, row, columns, WIDTH, GATE_TOKENS, gate_stride, GATED)
     centered = tl.where(inside, values - tl.sum(values, 0) / WIDTH, 0.0)
     spread = tl.rsqrt(tl.sum(centered * centered, 0) / WIDTH + eps)
     place = row // TOKENS * stride + columns
     by, plus = tl.load(factor + place, mask=inside, other=0.0), tl.load(offset + place, mask=inside, other=0.0)
-    _store_row(out, scales, centered * spread * by + plus, row, columns, WIDTH, DTYPE, LEVELS, INTEGER)
+    made = centered * spread * by + plus
+    _store_row(out, scales, made, multiplier, row, columns, WIDTH, DTYPE, LEVELS, INTEGER, MULTIPLIED)
 
 
 @triton.jit
@@ -80,6 +123,7 @@ def _gelu(x: tl.tensor) -> tl.tensor:
 @triton.jit
 def _gelu_rows_kernel(
     x: tl.tensor,
+    multiplier: tl.tensor,
     out: tl.tensor,
     scales: tl.tensor,
     WIDTH: tl.tensor,
@@ -87,13 +131,14 @@ def _gelu_rows_kernel(
     DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     INTEGER: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     """GELU of x [M, WIDTH], quantized by row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     values = tl.load(x + row * stride + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    _store_row(out, scales, _gelu(values), row, columns, WIDTH, DTYPE, LEVELS, INTEGER)
+    _store_row(out, scales, _gelu(values), multiplier, row, columns, WIDTH, DTYPE, LEVELS, INTEGER, MULTIPLIED)
 
 
 @triton.jit
@@ -118,12 +163,8 @@ def _gated_kernel(
     """Float32 x [M, WIDTH] plus y times a gate."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < WIDTH
-    at = row * WIDTH + columns
-    add = tl.load(y + at, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        add *= tl.load(gate + row // TOKENS * stride + columns, mask=inside, other=0.0)
-    tl.store(out + at, tl.load(x + at, mask=inside, other=0.0) + add, mask=inside)
+    values = tl.load(x + row * WIDTH + columns, mask=columns < WIDTH, other=0.0)
+    _add_row(values, y, gate, out, row, columns, WIDTH, TOKENS, stride, GATED)
 
 
 @triton.jit
@@ -166,46 +207,71 @@ def _rope_kernel(
     tl.store(out + row * PAIRS * 2 + columns, made, mask=inside[:, None])
 
 
-def _strided(table: Tensor, width: int) -> tuple[Tensor, int, int]:
-    """A [D] or [B, 1, D] table, dense; how many it has, and how far they are apart."""
+def _strided(table: Tensor | None, rows: int, width: int, like: Tensor) -> tuple[Tensor, int, int]:
+    """A [D] or [B, 1, D] table, dense; the rows that each of it is for, and how far they are apart.
+
+    None, for which the kernel does not look, is any tensor.
+    """
+    if table is None:
+        return like, rows, 0
     table = table.contiguous()
     count = table.numel() // width
-    return table, count, width if count > 1 else 0
+    return table, rows // count, width if count > 1 else 0
 
 
 def norm(
-    x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype, kind: str | None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    y: Tensor | None,
+    gate: Tensor | None,
+    factor: Tensor,
+    offset: Tensor,
+    multiplier: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    kind: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Layer norm of float32 x [B, L, D] times `factor` plus `offset`, float32 [D] or [B, 1, D], as `dtype`.
 
-    With `kind`, "int8" or "fp8", codes [B * L, D] of that and scales [B * L, 1]; without, the scales mean nothing.
+    With y [B, L, D] the norm is of x plus y, times `gate` if there is one, and that sum is the first result. The second
+    is the norm; with `kind`, "int8" or "fp8", codes [B * L, D] of it times `multiplier`, float32 [D], under scales
+    [B * L, 1], the third. Results that are not asked for mean nothing.
     """
-    x = x.contiguous()
+    x, y = x.contiguous(), None if y is None else y.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
-    factor, count, stride = _strided(factor, width)
-    offset, _, _ = _strided(offset, width)
+    gates, *gate_steps = _strided(gate, rows, width, x)
+    factor, *steps = _strided(factor, rows, width, x)
+    offset, *_ = _strided(offset, rows, width, x)
     out = torch.empty((rows, width) if kind else x.shape, dtype=CODE_DTYPES[kind] if kind else dtype, device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
+    total = scales if y is None else torch.empty_like(x)
     block = triton.next_power_of_2(width)
     _norm_kernel[(rows,)](
-        x, factor, offset, out, scales, eps, width, rows // count, stride,
-        DTYPE=_TYPES[dtype], LEVELS=levels_of(kind) if kind else 0.0, INTEGER=kind == "int8", BLOCK=block,
-        num_warps=row_warps(block), enable_fp_fusion=kind is None,
+        x, x if y is None else y, gates, factor, offset, x if multiplier is None else multiplier, total, out, scales,
+        eps, width, *gate_steps, *steps,
+        ADDED=y is not None, GATED=gate is not None, MULTIPLIED=multiplier is not None, **_form(dtype, kind),
+        BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
-    return out, scales
+    return total, out, scales
 
 
-def gelu_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """GELU (tanh) of x [M, K], rounded to its dtype, as codes [M, K] of `kind` and scales [M, 1]."""
+def _form(dtype: torch.dtype, kind: str | None) -> dict[str, Any]:
+    return {"DTYPE": _TYPES[dtype], "LEVELS": levels_of(kind) if kind else 0.0, "INTEGER": kind == "int8"}
+
+
+def gelu_codes(x: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of x [M, K], rounded to its dtype, as codes [M, K] of `kind` and scales [M, 1].
+
+    They are of the GELU times `multiplier`, float32 [K], rounded again, where there is one.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, width = x.shape
     codes = torch.empty(rows, width, dtype=CODE_DTYPES[kind], device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(width)
     _gelu_rows_kernel[(rows,)](
-        x, codes, scales, width, x.stride(0),
-        DTYPE=_TYPES[x.dtype], LEVELS=levels_of(kind), INTEGER=kind == "int8", BLOCK=block,
+        x, scales if multiplier is None else multiplier, codes, scales, width, x.stride(0),
+        MULTIPLIED=multiplier is not None, **_form(x.dtype, kind), BLOCK=block,
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return codes, scales
@@ -215,7 +281,8 @@ def gelu(x: Tensor) -> Tensor:
     """GELU (tanh) of a tensor."""
     x = x.contiguous()
     out = torch.empty_like(x)
-    _gelu_kernel[(triton.cdiv(x.numel(), _ELEMENTS),)](x, out, x.numel(), BLOCK=_ELEMENTS, num_warps=8)
+    programs = triton.cdiv(x.numel(), _ELEMENTS)
+    _gelu_kernel[(programs,)](x, out, x.numel(), BLOCK=_ELEMENTS, num_warps=8, enable_fp_fusion=False)
     return out
 
 
@@ -224,12 +291,12 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     x, y = x.contiguous(), y.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
-    table, count, stride = _strided(x[:0] if gate is None else gate, width)
+    table, tokens, stride = _strided(gate, rows, width, x)
     out = torch.empty_like(x)
     block = triton.next_power_of_2(width)
     _gated_kernel[(rows,)](
-        x, y, table, out, width, rows // max(count, 1), stride,
-        GATED=gate is not None, BLOCK=block, num_warps=row_warps(block),
+        x, y, table, out, width, tokens, stride,
+        GATED=gate is not None, BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -248,6 +315,7 @@ def rms_rope(
     tables = [out if table is None else table.contiguous() for table in (weight, cosines, sines)]
     _rope_kernel[(batch * tokens * parts,)](
         x, *tables, out, eps, width // 2, normed, width // heads // 2, tokens, x.stride(1), parts,
-        HAS_NORM=weight is not None, HAS_ROPE=cosines is not None, BLOCK=block, num_warps=row_warps(2 * block),
+        HAS_NORM=weight is not None, HAS_ROPE=cosines is not None, BLOCK=block,
+        num_warps=row_warps(2 * block), enable_fp_fusion=False,
     )  # fmt: skip
     return out

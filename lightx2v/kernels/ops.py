@@ -105,30 +105,84 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, eight: bool) -> Ten
     return run(tiles.fastest(key, tiles.attention_candidates(q.device), run, q.device))
 
 
-@kernel(lambda x, factor, offset, eps, dtype: torch.empty(x.shape, dtype=dtype, device=x.device))
+def _norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty(x.shape, dtype=dtype, device=x.device)
+
+
+@kernel(_norm)
 def layer_norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The layer norm of float32 x [B, L, D] times `factor` plus `offset`, both float32 [D] or [B, 1, D], as `dtype`."""
-    return block.norm(x, factor, offset, eps, dtype, None)[0]
+    return block.norm(x, None, None, factor, offset, None, eps, dtype, None)[1]
 
 
 def _norm_codes(
-    x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype, kind: str
+    x: Tensor, factor: Tensor, offset: Tensor, multiplier: Tensor | None, eps: float, dtype: torch.dtype, kind: str
 ) -> tuple[Tensor, Tensor]:
     return _tokens_result(x.view(-1, x.shape[-1]), kind)
 
 
 @kernel(_norm_codes)
 def layer_norm_codes(
-    x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype, kind: str
+    x: Tensor, factor: Tensor, offset: Tensor, multiplier: Tensor | None, eps: float, dtype: torch.dtype, kind: str
 ) -> tuple[Tensor, Tensor]:
-    """`layer_norm` rounded to `dtype` and quantized: codes [B * L, D] of "int8" or "fp8", scales [B * L, 1]."""
-    return block.norm(x, factor, offset, eps, dtype, kind)
+    """`layer_norm` rounded to `dtype` and quantized: codes [B * L, D] of "int8" or "fp8", scales [B * L, 1].
+
+    Where there is a float32 `multiplier` [D], of the norm times that, rounded again.
+    """
+    return block.norm(x, None, None, factor, offset, multiplier, eps, dtype, kind)[1:]
 
 
-@kernel(_tokens_result)
-def gelu_codes(x: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """GELU (tanh) of x [M, K], rounded to its dtype and quantized: codes [M, K], scales [M, 1]."""
-    return block.gelu_codes(x, kind)
+def _sum_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), _norm(x, factor, offset, eps, dtype)
+
+
+@kernel(_sum_norm)
+def sum_norm(
+    x: Tensor, y: Tensor, gate: Tensor | None, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`add_gated` and the `layer_norm` of its result, in one pass: the float32 sum, and the norm as `dtype`."""
+    return block.norm(x, y, gate, factor, offset, None, eps, dtype, None)[:2]
+
+
+def _sum_norm_codes(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    factor: Tensor,
+    offset: Tensor,
+    multiplier: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), *_norm_codes(x, factor, offset, multiplier, eps, dtype, kind)
+
+
+@kernel(_sum_norm_codes)
+def sum_norm_codes(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    factor: Tensor,
+    offset: Tensor,
+    multiplier: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    kind: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`add_gated` and the `layer_norm_codes` of its result, in one pass: sum, codes and scales."""
+    return block.norm(x, y, gate, factor, offset, multiplier, eps, dtype, kind)
+
+
+@kernel(lambda x, multiplier, kind: _tokens_result(x, kind))
+def gelu_codes(x: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """GELU (tanh) of x [M, K], rounded to its dtype and quantized: codes [M, K], scales [M, 1].
+
+    Where there is a float32 `multiplier` [K], of the GELU times that, rounded again.
+    """
+    return block.gelu_codes(x, multiplier, kind)
 
 
 @kernel(torch.empty_like)

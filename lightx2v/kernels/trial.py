@@ -48,6 +48,10 @@ def trial(device: torch.device) -> str | None:
                 ops.layer_norm(x, factor, offset, 1e-6, torch.float32),
                 F.layer_norm(x, (144,), eps=1e-6) * factor + offset,
             ),
+            "sum_norm": (
+                torch.stack(ops.sum_norm(x, y, factor, factor, offset, 1e-6, torch.float32)),
+                torch.stack((x + y * factor, F.layer_norm(x + y * factor, (144,), eps=1e-6) * factor + offset)),
+            ),
             "gelu_tanh": (ops.gelu_tanh(x), F.gelu(x, approximate="tanh")),
             "add_gated": (ops.add_gated(x, y, factor), x + y * factor),
             "rms_rope": (ops.rms_rope(x, weight, angle.cos(), angle.sin(), 3, 1e-6), rotated),

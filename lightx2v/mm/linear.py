@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightx2v.deferred import Tokens, tensor_of
 from lightx2v.elementwise import gelu_tanh
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.mm.base import Packed, move_buffers
@@ -23,6 +24,15 @@ from lightx2v.quant.formats import needs_amax, quantize_leaves, read_leaves, row
 from lightx2v.quant.layouts import FLOATS, INPUT_LEAVES, Leaf, Stored, accepted, find_layout, layouts_of, misfit, short
 from lightx2v.quant.numerics import NATIVE, Quantized, rounding_of
 from lightx2v.quant.spec import gguf_kind
+
+
+class TokenCodes(NamedTuple):
+    """Codes of the rows of an input [M, K], rounded as `quant.numerics.NATIVE` does."""
+
+    kind: str
+    """"int8" or "fp8"."""
+    multiplier: Tensor | None
+    """Float32 [K]: the input is multiplied with it and rounded to its dtype first."""
 
 
 class QuantLinear(nn.Module):
@@ -192,12 +202,12 @@ class QuantLinear(nn.Module):
             rows = self.around.input(rows) if self.surrounded else rows
             return self.kernels.quantize(self.scheme, rows, self._ready())
 
-    def multiply(self, codes: Quantized, x: Tensor) -> Tensor:
+    def multiply(self, codes: Quantized, x: Tokens) -> Tensor:
         """What `forward` gives for x [..., K] with at least one row, whose codes are there already."""
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(codes.codes.device.type, enabled=False):
             out = self.kernels.gemm(self.scheme, codes, self._ready(), self.bias, x.dtype)
-            if self.surrounded:
-                out = self.around.add(out, x.reshape(-1, self.in_features))
+            if self.surrounded and self.around.down is not None:
+                out = self.around.add(out, tensor_of(x).reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
     def quantizes_as(self, other: QuantLinear) -> bool:
@@ -211,12 +221,14 @@ class QuantLinear(nn.Module):
         return ours == theirs and alike and not (self._input_leaves() or other._input_leaves())
 
     @property
-    def token_codes(self) -> str | None:
-        """The dtype of codes that its input may come in, quantized elsewhere token by token; None where it may not."""
-        spec = self.scheme.activation
-        if spec is None or spec.granularity != "token" or not spec.dynamic or spec.outliers or self.surrounded:
+    def token_codes(self) -> TokenCodes | None:
+        """The codes that its input may come as, quantized elsewhere token by token; None where it may not."""
+        spec, around = self.scheme.activation, self.around
+        if spec is None or spec.granularity != "token" or not spec.dynamic or spec.outliers:
             return None
-        return spec.dtype if rounding_of(self.scheme.act_library, spec) == NATIVE else None
+        if around.rotation or around.down is not None or rounding_of(self.scheme.act_library, spec) != NATIVE:
+            return None
+        return TokenCodes(spec.dtype, around.multiplier)
 
     def stacks_with(self, other: QuantLinear) -> bool:
         """Whether the two weights, one under the other, are a weight of the same scheme."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from lightx2v.deferred import Tokens
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.together import feed_forward
 
@@ -48,5 +49,5 @@ class FeedForward(nn.Sequential):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__(nn.Linear(dim, hidden), nn.GELU(approximate="tanh"), nn.Linear(hidden, dim))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tokens) -> Tensor:
         return feed_forward(x, self[0], self[2])

@@ -42,7 +42,30 @@ def test_layer_norm(batch: int, width: int, tables: int, dtype: torch.dtype, dev
     assert got.dtype == dtype and got.shape == x.shape
     near(got, wanted, dtype)
     for kind in SPECS:
-        same_codes(ops.layer_norm_codes(*placed, 1e-6, dtype, kind), got, kind)
+        same_codes(ops.layer_norm_codes(*placed, None, 1e-6, dtype, kind), got, kind)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("gates", [0, 1, 2])
+def test_a_sum_and_its_norm_in_one_pass(gates: int, dtype: torch.dtype, device: torch.device) -> None:
+    width = 72
+    x, y = normal(2, 3, width) * 5 + 2, normal(2, 3, width, seed=1).to(dtype)
+    gate = normal(gates, 1, width, seed=2).to(device) if gates else None
+    x, y, factor, offset, by = (
+        tensor.to(device)
+        for tensor in (x, y, 1 + normal(1, 1, width, seed=3), normal(1, 1, width, seed=4), 0.5 + normal(width, seed=5))
+    )
+    total = ops.add_gated(x, y, gate)
+    apart = ops.layer_norm(total, factor, offset, 1e-6, dtype)
+    got = ops.sum_norm(x, y, gate, factor, offset, 1e-6, dtype)
+    assert torch.equal(got[0], total) and torch.equal(got[1], apart)
+    for kind in SPECS:
+        for multiplier in (None, by):
+            wanted = apart if multiplier is None else (apart * multiplier).to(dtype)
+            summed, *codes = ops.sum_norm_codes(x, y, gate, factor, offset, multiplier, 1e-6, dtype, kind)
+            assert torch.equal(summed, total)
+            same_codes((codes[0], codes[1]), wanted, kind)
+            same_codes(ops.layer_norm_codes(total, factor, offset, multiplier, 1e-6, dtype, kind), wanted, kind)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
@@ -52,7 +75,9 @@ def test_gelu(dtype: torch.dtype, device: torch.device) -> None:
     got = ops.gelu_tanh(x.to(device))
     near(got, F.gelu(x.double(), approximate="tanh"), dtype)
     for kind in SPECS:
-        same_codes(ops.gelu_codes(x.to(device), kind), got, kind)
+        same_codes(ops.gelu_codes(x.to(device), None, kind), got, kind)
+        by = 0.5 + normal(130, seed=1).to(device)
+        same_codes(ops.gelu_codes(x.to(device), by, kind), (got * by).to(dtype), kind)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

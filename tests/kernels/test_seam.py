@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lightx2v import elementwise
 from lightx2v.kernels import ops, trial
-from lightx2v.mm.linear import QuantLinear
+from lightx2v.mm.linear import QuantLinear, TokenCodes
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.together import feed_forward
 
@@ -17,7 +17,7 @@ from lightx2v.mm.together import feed_forward
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every device has the kernels in Triton."""
-    monkeypatch.setattr(elementwise, "_kernels", lambda *_: ops)
+    monkeypatch.setattr(elementwise, "kernels_for", lambda *_: ops)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -64,7 +64,7 @@ def test_gelu_and_quantization_of_a_feed_forward_are_one_pass(
     apart = down(ops.gelu_tanh(up(x)))
     passes: list[str] = []
     real = ops.gelu_codes
-    monkeypatch.setattr(ops, "gelu_codes", lambda y, kind: passes.append(kind) or real(y, kind))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(ops, "gelu_codes", lambda y, by, kind: passes.append(kind) or real(y, by, kind))  # type: ignore[func-returns-value]
     monkeypatch.setattr(ops, "quantize_tokens", lambda *_: pytest.fail("quantized again"))
     with torch.no_grad():
         together = feed_forward(x, up, down)
@@ -73,7 +73,7 @@ def test_gelu_and_quantization_of_a_feed_forward_are_one_pass(
 
 def test_codes_are_made_elsewhere_only_where_they_are_the_layers_own() -> None:
     device = torch.device("cpu")
-    assert linear("int8-reference", 16, 32, device).token_codes == "int8"
+    assert linear("int8-reference", 16, 32, device).token_codes == TokenCodes("int8", None)
     for name in ("fp8-b128-reference", "fp8-pertensor-dynamic-reference", "int8-weight-only"):
         assert linear(name, 16, 32, device).token_codes is None
     other = parse("W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Reference-ActVllm")  # rounds otherwise

@@ -20,8 +20,10 @@ from torch.nn import functional as F
 
 from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
-from lightx2v.elementwise import Rope, add_gated, gelu_tanh, modulated_norm, norm_rope
+from lightx2v.deferred import Tokens, add_gated, modulated_norm, tensor_of
+from lightx2v.elementwise import Rope, gelu_tanh, norm_rope
 from lightx2v.errors import ConfigError
+from lightx2v.mm.together import project
 from lightx2v.models.base import (
     AttentionPart,
     Branch,
@@ -120,11 +122,11 @@ class JointAttention(nn.Module):
         super().__init__()
         self.attention: AttentionFn = torch_sdpa
 
-    def forward(self, img: StreamAttention, txt: StreamAttention, x: Tensor, text: Tensor, rope: Rope) -> Tensor:
+    def forward(self, img: StreamAttention, txt: StreamAttention, x: Tokens, text: Tokens, rope: Rope) -> Tensor:
         """x [B, L, D] and text [B, T, D] to the branches of both, [B, T + L, D], text first."""
         tokens = text.shape[1]
-        of_text = txt.norm(txt.qkv(text), None)  # text is at the origin, where nothing turns
-        of_image = img.norm(img.qkv(x), (rope[0][tokens:], rope[1][tokens:]))
+        of_text = txt.norm(project(text, txt.qkv)[0], None)  # text is at the origin, where nothing turns
+        of_image = img.norm(project(x, img.qkv)[0], (rope[0][tokens:], rope[1][tokens:]))
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
         out = self.attention(q, k, v).flatten(2)
         return torch.cat([txt.proj(out[:, :tokens]), img.proj(out[:, tokens:])], dim=1)
@@ -178,10 +180,10 @@ class DoubleBlock(nn.Module):
             rope,
         )
         tokens = txt.shape[1]
-        x, txt = add_gated(x, y[:, tokens:], gate1), add_gated(txt, y[:, :tokens], txt_gate1)
-        x = add_gated(x, self.img_mlp(modulated_norm(x, shift2, scale2, self.eps, vec.dtype)), gate2)
-        y = self.txt_mlp(modulated_norm(txt, txt_shift2, txt_scale2, self.eps, vec.dtype))
-        return x, add_gated(txt, y, txt_gate2)
+        img, text = add_gated(x, y[:, tokens:], gate1), add_gated(txt, y[:, :tokens], txt_gate1)
+        img = add_gated(img, self.img_mlp(modulated_norm(img, shift2, scale2, self.eps, vec.dtype)), gate2)
+        y = self.txt_mlp(modulated_norm(text, txt_shift2, txt_scale2, self.eps, vec.dtype))
+        return tensor_of(img), tensor_of(add_gated(text, y, txt_gate2))
 
 
 class SingleBlock(nn.Module):
@@ -205,10 +207,10 @@ class SingleBlock(nn.Module):
     def compute(self, x: Tensor, txt: Tensor, vec: Tensor, rope: Rope) -> tuple[Tensor, Tensor]:
         """As `DoubleBlock.compute`."""
         shift, scale, gate = self.modulation(vec)
-        parts = [modulated_norm(part, shift, scale, self.eps, vec.dtype) for part in (txt, x)]
+        parts = [tensor_of(modulated_norm(part, shift, scale, self.eps, vec.dtype)) for part in (txt, x)]
         y = self.joint(self.linear1, self.norm, self.linear2, torch.cat(parts, dim=1), rope)
         tokens = txt.shape[1]
-        return add_gated(x, y[:, tokens:], gate), add_gated(txt, y[:, :tokens], gate)
+        return tensor_of(add_gated(x, y[:, tokens:], gate)), tensor_of(add_gated(txt, y[:, :tokens], gate))
 
 
 class FinalLayer(nn.Module):
@@ -224,7 +226,7 @@ class FinalLayer(nn.Module):
         """`vec` [B, D] has been through the SiLU already."""
         dtype = dtype_of(self.linear)
         shift, scale = self.adaLN_modulation[1](vec.to(dtype))[:, None].float().chunk(2, dim=-1)
-        patches = self.linear(modulated_norm(x, shift, scale, self.eps, dtype)).float()
+        patches = project(modulated_norm(x, shift, scale, self.eps, dtype), self.linear)[0].float()
         pixels = patches.unflatten(1, grid[1:]).unflatten(-1, (-1, 2, 2)).permute(0, 3, 1, 4, 2, 5)
         return pixels.flatten(4, 5).flatten(2, 3)[:, :, None]
 
@@ -300,7 +302,7 @@ class FluxDiT(nn.Module):
         """The modulated image tokens that enter the first block, [B, L, D] in the compute dtype."""
         vec = context.time.blocks
         shift, scale = self.double_blocks[0].img_mod(vec)[:2]  # type: ignore[operator]
-        return modulated_norm(stream.x, shift, scale, self.arch.eps, vec.dtype)
+        return tensor_of(modulated_norm(stream.x, shift, scale, self.arch.eps, vec.dtype))
 
     def head(self, stream: Stream, context: StepContext) -> Tensor:
         """The tokens of the image to latents; those of a reference image are left out."""

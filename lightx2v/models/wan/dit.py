@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
-from lightx2v.elementwise import Rope, add_gated, layer_norm, modulated_norm, norm_rope
+from lightx2v.deferred import Residual, Tokens, add_gated, layer_norm, modulated_norm, tensor_of
+from lightx2v.elementwise import Rope, norm_rope
 from lightx2v.errors import ConfigError
 from lightx2v.mm.together import project
 from lightx2v.models.base import (
@@ -57,9 +58,9 @@ def rope_table(head_dim: int, grid: tuple[int, int, int]) -> Rope:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Computed in float32, and returned so unless another dtype is asked for."""
+    """Computed in float32, and rounded to `dtype`."""
 
-    def forward(self, x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    def forward(self, x: Residual, dtype: torch.dtype) -> Tokens:  # type: ignore[override]
         return layer_norm(x, self.weight, self.bias, self.eps, dtype)
 
 
@@ -82,7 +83,7 @@ class SelfAttention(nn.Module):
         """The norm, over the full width, and the rotary embedding: [B, L, D] -> [B, L, H, Dh]."""
         return norm_rope(x, None if norm is None else norm.weight, self.eps, self.heads, rope)
 
-    def forward(self, x: Tensor, rope: Rope) -> Tensor:
+    def forward(self, x: Tokens, rope: Rope) -> Tensor:
         q, k, v = project(x, self.q, self.k, self.v)
         q, k = self.normed(q, self.norm_q, rope), self.normed(k, self.norm_k, rope)
         return self.o(self.attention(q, k, v.unflatten(-1, (self.heads, -1))).flatten(2))
@@ -110,8 +111,8 @@ class CrossAttention(SelfAttention):
             made.append((self.normed(k, self.norm_k_img), v.unflatten(-1, (self.heads, -1))))
         return tuple(made)
 
-    def forward(self, x: Tensor, keys_values: tuple[KeysValues, ...]) -> Tensor:  # type: ignore[override]
-        q = self.normed(self.q(x), self.norm_q)
+    def forward(self, x: Tokens, keys_values: tuple[KeysValues, ...]) -> Tensor:  # type: ignore[override]
+        q = self.normed(project(x, self.q)[0], self.norm_q)
         out = self.attention(q, *keys_values[0])
         for k, v in keys_values[1:]:
             out = out + self.image_attention(q, k, v)
@@ -144,16 +145,16 @@ class Block(nn.Module):
         return Stream(self.compute(stream.x, context.time.blocks, context.rope, prepared.memory[self.index], dtype))
 
     def compute(
-        self, x: Tensor, time: Tensor, rope: Rope, keys_values: tuple[KeysValues, ...], dtype: torch.dtype
+        self, x: Residual, time: Tensor, rope: Rope, keys_values: tuple[KeysValues, ...], dtype: torch.dtype
     ) -> Tensor:
         """The residual stream x [B, L, D] after this block; the linears compute in `dtype`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + time).chunk(6, dim=1)
         y = self.self_attn(modulated_norm(x, shift1, scale1, self.eps, dtype), rope)
         x = add_gated(x, y, gate1)
-        y = x.to(dtype) if self.norm3 is None else self.norm3(x, dtype)
+        y = tensor_of(x).to(dtype) if self.norm3 is None else self.norm3(x, dtype)
         x = add_gated(x, self.cross_attn(y, keys_values))
         y = self.ffn(modulated_norm(x, shift2, scale2, self.eps, dtype))
-        return add_gated(x, y, gate2)
+        return tensor_of(add_gated(x, y, gate2))
 
 
 class Head(nn.Module):
@@ -169,7 +170,7 @@ class Head(nn.Module):
     def forward(self, stream: Stream, context: StepContext) -> Tensor:
         shift, scale = (self.modulation.float() + context.time.head[:, None]).chunk(2, dim=1)
         y = modulated_norm(stream.x, shift, scale, self.eps, dtype_of(self.head))
-        patches = self.head(y).float().unflatten(1, context.grid).unflatten(-1, (*self.patch_size, -1))
+        patches = project(y, self.head)[0].float().unflatten(1, context.grid).unflatten(-1, (*self.patch_size, -1))
         return patches.permute(0, 7, 1, 4, 2, 5, 3, 6).flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
@@ -189,7 +190,8 @@ class ImageEmbedding(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         norm_in, linear_in, gelu, linear_out, norm_out = self.proj
         dtype = dtype_of(linear_in)
-        return norm_out(linear_out(gelu(linear_in(norm_in(image).to(dtype))))).to(dtype)
+        (y,) = project(norm_in(image.float(), dtype), linear_in)
+        return tensor_of(norm_out(linear_out(gelu(y)).float(), dtype))
 
 
 class WanDiT(nn.Module):
