@@ -79,6 +79,8 @@ def denoise_request(
             if callback is not None:
                 callback(progress)
 
+        for made in prepared.values():  # tables for this shape come from the host now, not while the loop runs
+            dit.embed(latents.to(dtype), times.at(0), made)
         forward = predict if feature is None else feature.around(run, predict)
         result = denoise(latents, sampler, guided(forward, scales), advance)
     if report := getattr(feature, "report", None):

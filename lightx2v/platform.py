@@ -319,6 +319,22 @@ def synchronize(device: DeviceInfo) -> None:
         _backend(device).synchronize(*(() if device.kind == "mps" else (device.index,)))
 
 
+@contextmanager
+def forbid_host_waits(device: DeviceInfo) -> Iterator[None]:
+    """Inside, what makes the host wait for `device` raises RuntimeError, as far as torch can tell: on NVIDIA GPUs."""
+    if device.kind != "cuda":
+        yield
+        return
+    import torch
+
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 def empty_cache(device: DeviceInfo) -> None:
     """Give the allocator's unused memory back to the device."""
     if device.kind == "cpu":

@@ -13,9 +13,10 @@ pytestmark = pytest.mark.gpu
 PROMPT = "a red circle on a black background moves left"
 CACHE = {"cache.type": "taylorseer"}
 BRANCH = {"mm_config.mm_type": "int8", "mm_config.weight_auto_quant": True}
+FEW_PASSES = {"mm_config.mm_type": "fp8-triton", "mm_config.weight_auto_quant": True}
 
 
-@pytest.mark.parametrize("more", [{}, CACHE, BRANCH], ids=["plain", "cache", "int8"])
+@pytest.mark.parametrize("more", [{}, CACHE, BRANCH, FEW_PASSES], ids=["plain", "cache", "int8", "fp8-triton"])
 def test_recorded_blocks_give_the_same_frames(more: dict[str, object]) -> None:
     if graph_recorder(list_devices()[0]) is None:
         pytest.skip("no device with graphs is there")
