@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -116,6 +117,7 @@ class Components:
     def __init__(self, plan: Plan, fuse: bool = True) -> None:
         self.plan, self.fuse = plan, fuse
         self._loaded: dict[str, Any] = {}
+        self._coming: dict[str, Future[Any]] = {}
         self._parked: dict[str, Parked] = {}
 
     def _load(self, name: str) -> Any:
@@ -134,13 +136,33 @@ class Components:
         )
         return part.load(source)
 
+    @property
+    def loads_ahead(self) -> bool:
+        """Whether a part may load while another one computes: not where that shares its cores, or its memory."""
+        return self.plan.device.kind != "cpu" and not self.plan.config.unload_modules
+
+    def load_ahead(self, name: str) -> None:
+        """Begin to load the component `name` in a thread; `use` waits for it, and raises what that has raised."""
+        if self.loads_ahead and name not in self._loaded and name not in self._coming:
+            threads = ThreadPoolExecutor(1, thread_name_prefix=f"load {name}")
+            self._coming[name] = threads.submit(self._load_apart, name)
+            threads.shutdown(wait=False)
+
+    def _load_apart(self, name: str) -> Any:
+        with torch.inference_mode():  # a thread's own
+            return self._load(name)
+
+    def _load_or_wait(self, name: str) -> Any:
+        coming = self._coming.pop(name, None)
+        return self._load(name) if coming is None else coming.result()
+
     @contextmanager
     def use(self, name: str, timer: StageTimer) -> Iterator[Any]:
         """The component `name`, for as long as the block lasts when `unload_modules` is set."""
         if name not in self._loaded:
             with timer.stage(f"load {name}"):
                 logger.debug("loading {}", name)
-                self._loaded[name] = self._load(name)
+                self._loaded[name] = self._load_or_wait(name)
         try:
             with self._on_device(name):
                 yield self._loaded[name]
@@ -160,6 +182,8 @@ class Components:
     def unload(self, name: str) -> None:
         """Free one component."""
         self._parked.pop(name, None)
+        if (coming := self._coming.pop(name, None)) is not None:
+            wait([coming])
         if self._loaded.pop(name, None) is not None:
             gc.collect()
             platform.empty_cache(self.plan.device)

@@ -57,6 +57,7 @@ class Runner:
         self._check(request)
         self.timer = StageTimer(self.plan.device)
         session = self._session()
+        self.components.load_ahead("dit")  # while the encoders load and compute
         conditions, image = self._encode(session, request)
         with session.use("dit") as loaded, self.timer.stage("denoise"):
             latents = denoise_request(

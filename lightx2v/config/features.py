@@ -146,6 +146,11 @@ class VaeConfig(Section):
 
     path: Path | None = Field(default=None, description="Weights of the VAE in place of the model's own; a LightVAE.")
     tiling: bool = Field(default=False, description="Decode in overlapping tiles, with less memory.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="What the VAE computes in.")
+    channels_last: bool = Field(
+        default=False, description="Hold the VAE's convolutions with the channels last, as GPUs read them."
+    )
+    compile: bool = Field(default=False, description="Compile the VAE's decoder with torch.compile.")
     tae: bool = Field(default=False, description="Decode with a tiny autoencoder.")
     tae_path: Path | None = Field(
         default=None, description="Weights of the tiny autoencoder; null: the file of the model's directory."

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightx2v.config.schema import Config
 from lightx2v.families.base import Part, PartSource, Session, open_checkpoint
 from lightx2v.io.weights import Checkpoint
 from lightx2v.models.spec import FamilySpec
+from lightx2v.vae.settings import set_up
 from lightx2v.vae.tae import load_tiny_decoder
-from lightx2v.vae.tiling import enable_tiling
 
 
 def vae_parts(
@@ -22,12 +23,15 @@ def vae_parts(
     encodes: Callable[[Config], bool],
     open: Callable[[Path, bool], Checkpoint] = open_checkpoint,
 ) -> tuple[Part, Part]:
-    """The VAE that `load(path, device=)` reads, and the tiny decoder. `encodes`: whether a run encodes images."""
+    """The VAE that `load(path, device=, dtype=)` reads, and the tiny decoder.
+
+    `encodes`: whether a run encodes images.
+    """
 
     def load_vae(source: PartSource) -> Any:
-        vae = load(source.path, device=source.device)
-        if source.config.vae.tiling:
-            enable_tiling(vae.module)
+        settings = source.config.vae
+        vae = load(source.path, device=source.device, dtype=getattr(torch, settings.dtype))
+        set_up(vae.module, settings)
         return vae
 
     def load_tiny(source: PartSource) -> Any:

@@ -30,6 +30,8 @@ def check_compilers(config: Config, device: DeviceInfo, dit: ComponentPlan) -> N
     """Raise ConfigError where `compile` or `graphs` cannot be had on `device`, or not for the layers of `dit`."""
     if config.compile and (missing := compiler_for(device)):
         raise ConfigError("compile", f"is true, but {missing}", do="install it, or set compile to false")
+    if config.vae.compile and (missing := compiler_for(device)):
+        raise ConfigError("vae.compile", f"is true, but {missing}", do="install it, or set vae.compile to false")
     if config.graphs and graph_recorder(device) is None:
         raise ConfigError("graphs", f"is true, and {device.name} records no graphs", do="set graphs to false")
     for layer in dit.layers if config.graphs else ():

@@ -39,6 +39,7 @@ def estimate(
     once: int = 0,
     remembered: int = 0,
     ffn_rows: int | None = None,
+    vae_bytes: int = 4,
 ) -> MemoryEstimate:
     """Peak bytes of the stages text, image, prepare, denoise and decode.
 
@@ -46,13 +47,13 @@ def estimate(
     bytes of each while it is in use, `idle` what stays of it otherwise, for those of which that is less. `once` are the
     bytes that the DiT gives up for the loop, `tokens` is the length of its sequence, `remembered` what is kept from
     step to step, `ffn_rows` the rows that a feed-forward takes at a time (None: all), `frame_pixels` = height * width,
-    `vae_dim` the VAE's base channels. The DiT holds, besides its weights, about eight [L, D] tensors in the compute
-    dtype, three in float32 and two [L, ffn]; the VAE about six feature maps of four frames at full size in float32,
-    and the frames twice.
+    `vae_dim` the VAE's base channels, `vae_bytes` those of a number in it. The DiT holds, besides its weights, about
+    eight [L, D] tensors in the compute dtype, three in float32 and two [L, ffn]; the VAE about six feature maps of four
+    frames at full size, and the frames twice, in float32.
     """
     wide = min(tokens, ffn_rows or tokens) * ffn_dim * 2 * dtype_bytes
     denoise = tokens * dim * (8 * dtype_bytes + 3 * 4) + wide + remembered
-    decode = 6 * 4 * frame_pixels * vae_dim * 4 + frames * frame_pixels * 3 * 4 * 2
+    decode = 6 * 4 * frame_pixels * vae_dim * vae_bytes + frames * frame_pixels * 3 * 4 * 2
     there = set(kinds.values())
     work = {"text": 0, "image": decode, "prepare": once, "denoise": denoise, "decode": decode}
     needs = {

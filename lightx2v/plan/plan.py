@@ -67,6 +67,7 @@ class Plan:
             "offload": moved if settings.enabled else None,
             "compile": self.config.compile,
             "graphs": self.config.graphs,
+            "vae": self.config.vae.model_dump(exclude_defaults=True, exclude={"path", "tae_path"}) or None,
             "unload_modules": self.config.unload_modules,
         }
 

@@ -47,6 +47,9 @@ def _features(features: Mapping[str, Any]) -> str:
     found += [f"LoRA {lora['name']} x {lora['strength']:g}" for lora in features.get("lora") or ()]
     if moved := features.get("offload"):
         found.append(f"offload: {moved['reason']} ({human_bytes(moved['host_bytes'])} on the host)")
+    if vae := features.get("vae"):
+        settings = (name if value is True else f"{name} {value}" for name, value in vae.items())
+        found.append(f"vae: {' and '.join(settings)}")
     return ", ".join(found + [name for name, value in features.items() if value is True]) or "none"
 
 

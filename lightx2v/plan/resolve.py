@@ -52,7 +52,8 @@ def _memory(
         kinds[part.name] = part.kind
         if part.kind == "vae":
             vae = part.open(part.find(config, files), False)
-            weights[part.name] = sum(math.prod(i.shape) * 4 for i in vae.tensors.values() if i.dtype in FLOAT_DTYPES)
+            numbers = sum(math.prod(i.shape) for i in vae.tensors.values() if i.dtype in FLOAT_DTYPES)
+            weights[part.name] = numbers * (4 if part.name == "tae" else DTYPE_BYTES[config.vae.dtype])
             first = ("encoder.conv1.weight", "encoder.conv_in.weight")
             vae_dim = max(vae_dim, next((i.shape[0] for n, i in vae.tensors.items() if n.endswith(first)), 64))
     away = {"text_encoder": config.offload.text_encoder, "image_encoder": config.offload.image_encoder}
@@ -77,6 +78,7 @@ def _memory(
             frames=request.frames,
             frame_pixels=request.height * request.width,
             vae_dim=vae_dim,
+            vae_bytes=DTYPE_BYTES[config.vae.dtype],
             unload=config.unload_modules,
         )
 

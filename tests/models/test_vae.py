@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import copy
+import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
 
 from lightx2v.errors import CheckpointError, ConfigError
 from lightx2v.vae.keymap import config_from_shapes, layer_names, rename
+from lightx2v.vae.settings import compile_decoder, hold_channels_last
 from lightx2v.vae.wan import WanVAE, image_condition, load_vae
 from tests.models import tiny_encoders as tiny
 
@@ -111,3 +115,50 @@ def test_the_architecture_is_read_from_the_shapes() -> None:
         config = config_from_shapes(shapes, "file")
         assert config.pop("decoder_base_dim") == config["base_dim"]
         assert config == {key: model.config[key] for key in config}
+
+
+@torch.no_grad()
+def test_channels_last_changes_the_layout_alone(vae: WanVAE) -> None:
+    latents = random(1, 16, 3, 2, 3)
+    quick = replace(vae, module=copy.deepcopy(vae.module))
+    hold_channels_last(quick.module)
+    convolutions = [layer for layer in quick.module.modules() if isinstance(layer, torch.nn.Conv3d)]
+    assert convolutions and all(
+        layer.weight.is_contiguous(memory_format=torch.channels_last_3d) for layer in convolutions
+    )
+    torch.testing.assert_close(quick.decode(latents), vae.decode(latents), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_compiled_decoder_compiles_few_forms_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = load_vae(tiny.write_vae(tiny.tiny_vae(num_res_blocks=1), tmp_path, "original"), device=CPU)
+    graphs: list[object] = []
+
+    def count(graph: torch.fx.GraphModule, inputs: object) -> object:
+        graphs.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=count, fullgraph=True))
+    torch._dynamo.reset()  # compilations of other modules count as well
+    quick = replace(vae, module=copy.deepcopy(vae.module))
+    compile_decoder(quick.module)
+    for seed in range(2):
+        latents = torch.randn(1, 16, 6, 2, 3, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(quick.decode(latents), vae.decode(latents), atol=1e-5, rtol=1e-5)
+    assert len(graphs) == 3  # the first step of a clip, the second, all others
+
+
+@torch.no_grad()
+def test_bfloat16_is_near(model: AutoencoderKLWan, tmp_path: Path) -> None:
+    path = tiny.write_vae(model, tmp_path, "original")
+    latents = random(1, 16, 3, 4, 4)
+    exact, rounded = (
+        load_vae(path, device=CPU, dtype=dtype).decode(latents) for dtype in (torch.float32, torch.bfloat16)
+    )
+    assert rounded.dtype == torch.float32 and not torch.equal(exact, rounded)
+    assert psnr(exact, rounded) > 40
+
+
+def psnr(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Of pixels in [-1, 1], in dB."""
+    return float(10 * torch.log10(4 / (one - other).square().mean()))
