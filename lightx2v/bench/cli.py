@@ -62,6 +62,7 @@ def build_parser(prog: str) -> argparse.ArgumentParser:
     dit.add_argument("--layers", type=positive, metavar="N", help="blocks, to shorten the model (default: all)")
     dit.add_argument("--mm_type", default=TYPES, metavar="NAMES", help="mm_types (default: %(default)s)")
     dit.add_argument("--trace", action="store_true", help="also profile one call, and say where its time goes")
+    dit.add_argument("--offload", choices=("block", "phase"), help="each mm_type also with its weights off the device")
     for made in (linear, dit):
         made.add_argument("--compile", action="store_true", help="the engine's layers or blocks by torch.compile")
         made.add_argument("--seed", type=int, default=0, help="of weights and inputs (default: %(default)s)")
@@ -158,6 +159,7 @@ def _dit(args: argparse.Namespace, device: DeviceInfo, peers: Sequence[Choice]) 
         use_compile=args.compile,
         timing=Timing(args.repeats, args.warmup),
         traced=args.trace,
+        offload=args.offload,
     )
     return [case], dict(settings), notes
 

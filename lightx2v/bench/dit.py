@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from loguru import logger
 from torch import nn
 
-from lightx2v.attention.base import select_attention
+from lightx2v.attention.base import AttentionFn, select_attention
 from lightx2v.bench import work
 from lightx2v.bench.inputs import Inputs, Size, make_inputs, token_count
 from lightx2v.bench.measure import Candidate, Facts, Timing, Work, allow_many_compilations, measure
 from lightx2v.bench.peers.base import Choice
 from lightx2v.bench.report import Case, Column, fact
 from lightx2v.bench.trace import trace
+from lightx2v.config.features import OffloadConfig
 from lightx2v.errors import ConfigError, ResourceError
+from lightx2v.features.compile import compile_blocks
+from lightx2v.features.offload.attach import Offloaded
 from lightx2v.mm.select import LayerPlan, code_bytes
+from lightx2v.models.base import DiT
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.plan.memory import estimate
 from lightx2v.platform import DeviceInfo
@@ -37,20 +43,24 @@ class Transformer:
     plans: Mapping[str, Mapping[str, LayerPlan]]
     """By mm_type, the plan of each layer; an mm_type that cannot be computed here is not among them."""
 
-    def engine(self, mm_type: str, refused: Mapping[str, ConfigError]) -> Candidate:
-        """The engine's own, with its layers by `mm_type`."""
+    def engine(self, mm_type: str, refused: Mapping[str, ConfigError], offload: str | None = None) -> Candidate:
+        """The engine's own, with its layers by `mm_type`; offloaded in units of `offload`, "block" or "phase"."""
 
         def build() -> tuple[Work, Facts]:
             if mm_type in refused:
                 raise refused[mm_type]
             plans = self.plans[mm_type]
             attention, name, _ = select_attention("auto", self.device)
-            dit = work.random_dit(self.arch, plans, self.device, self.seed, attention, self.use_compile)
+            dit, moving = self._dit(plans, attention, offload)
             libraries = ", ".join(sorted({plan.library for plan in plans.values()}))
             facts = {"mm_type": mm_type, "library": libraries, "attention": name, **_held(dit)}
             latents, timestep, conditions = self.inputs.latents, self.inputs.timestep, self.inputs.conditions
 
-            def call() -> torch.Tensor:
+            # Entered once, as for the steps of a request, and left when this candidate is given up.
+            running = moving.running() if moving else nullcontext()
+            running.__enter__()
+
+            def call(running: object = running) -> torch.Tensor:
                 out: torch.Tensor = dit(latents, timestep, conditions)
                 return out
 
@@ -60,7 +70,19 @@ class Transformer:
                     facts["trace"] = trace(call, self.device)
             return call, facts
 
-        return Candidate(mm_type + (" compiled" if self.use_compile else ""), "lightx2v", build)
+        words = (" compiled" if self.use_compile else "") + (f" offload {offload}" if offload else "")
+        return Candidate(mm_type + words, "lightx2v", build)
+
+    def _dit(
+        self, plans: Mapping[str, LayerPlan], attention: AttentionFn, offload: str | None
+    ) -> tuple[nn.Module, Offloaded | None]:
+        if offload is None:
+            return work.random_dit(self.arch, plans, self.device, self.seed, attention, self.use_compile), None
+        settings = OffloadConfig.model_validate({"enabled": True, "granularity": offload})
+        model, offloaded = work.offloaded_dit(self.arch, plans, self.device, self.seed, attention, settings)
+        if self.use_compile:
+            compile_blocks(cast(DiT, model))
+        return model, offloaded
 
     def peer(self, choice: Choice) -> Candidate:
         """diffusers' model of the same architecture and weights, quantized by the peer."""
@@ -155,8 +177,10 @@ def run_dit(
     use_compile: bool,
     timing: Timing,
     traced: bool = False,
+    offload: str | None = None,
 ) -> tuple[Case, Facts, list[str]]:
-    """The case, what holds for the whole run, and notes. `traced`: the engine's are profiled as well."""
+    """The case, what holds for the whole run, and notes. `traced`: the engine's are profiled as well. `offload`:
+    each mm_type also with its weights off the device, "block" by block or "phase" by phase."""
     arch = work.arch_of(model)
     if layers is not None:
         if not 1 <= layers <= arch.num_layers:
@@ -172,6 +196,7 @@ def run_dit(
     inputs = make_inputs(arch, size, torch.device(device.torch_name), seed)
     transformer = Transformer(arch, inputs, device, seed, use_compile, traced, plans)
     candidates = [transformer.engine(mm_type, refused) for mm_type in mm_types]
+    candidates += [transformer.engine(mm_type, refused, offload) for mm_type in mm_types if offload]
     candidates += [transformer.peer(choice) for choice in peers]
     logger.info("{} candidates, about {} in all", len(candidates), human_bytes(memory))
     measured = measure(candidates, device, timing)

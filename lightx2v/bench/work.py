@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.attention.base import AttentionFn
-from lightx2v.components import empty_dit, fill_dit
+from lightx2v.components import dtype_of, empty_dit, fill_dit
+from lightx2v.config.features import OffloadConfig
 from lightx2v.errors import ConfigError, suggestion
 from lightx2v.features.compile import compile_blocks
+from lightx2v.features.offload.attach import Offloaded
+from lightx2v.features.offload.load import load_offloaded
 from lightx2v.io.source import FileSpan
 from lightx2v.io.weights import stream_into
 from lightx2v.mm.scheme import parse
@@ -141,8 +144,8 @@ def dit_shapes(arch: WanArch) -> tuple[dict[str, torch.Size], dict[str, tuple[in
 class RandomSource:
     """Random weights, drawn when they are asked for: an `io.source.Source` in the place of a checkpoint."""
 
-    def __init__(self, shapes: dict[str, torch.Size], device: torch.device) -> None:
-        self.shapes, self.device = shapes, device
+    def __init__(self, shapes: dict[str, torch.Size], device: torch.device, seed: int = 0) -> None:
+        self.shapes, self.device, self.seed = shapes, device, seed
 
     @property
     def names(self) -> Collection[str]:
@@ -150,7 +153,7 @@ class RandomSource:
 
     def read(self, names: Collection[str] | None = None) -> Iterator[tuple[str, Tensor]]:
         for name in self.shapes if names is None else names:
-            yield name, random_tensor(name, self.shapes[name], self.device, 0)
+            yield name, random_tensor(name, self.shapes[name], self.device, self.seed)
 
     def locate(self, name: str) -> FileSpan | None:
         return None
@@ -168,6 +171,24 @@ def random_dit(
     if compiled:
         compile_blocks(cast(DiT, model))
     return model.eval()
+
+
+def offloaded_dit(
+    arch: WanArch,
+    plans: Mapping[str, LayerPlan],
+    device: DeviceInfo,
+    seed: int,
+    attention: AttentionFn,
+    settings: OffloadConfig,
+) -> tuple[nn.Module, Offloaded]:
+    """The same model with its weights off the device, and what brings them while it runs."""
+    shapes, _ = dit_shapes(arch)
+    model = empty_dit(family(), arch, plans, DTYPE, auto_quant=True)
+    source = RandomSource(shapes, torch.device(device.torch_name), seed)
+    held = dtype_of(model, DTYPE)
+    offloaded = load_offloaded(model, source, settings, device=device, dtype_of=held, where="random weights")
+    set_attention(cast(DiT, model), attention)
+    return model.eval(), offloaded
 
 
 def held_bytes(model: nn.Module) -> int:

@@ -164,6 +164,30 @@ def test_kernels_are_told_apart_and_gaps_are_what_no_kernel_fills() -> None:
     assert found == {"linears": 4, "attention": 3, "quantization": 4, "elementwise": 1, "copies": 2, "gaps": 3}
 
 
+def test_what_of_the_transfers_other_work_hides() -> None:
+    pieces = [
+        ("Memcpy HtoD (Pinned -> Device)", 0, 4),
+        ("_rows_kernel", 1, 2),
+        ("_attend_kernel", 2, 1.5),
+        ("Memcpy HtoD (Pinned -> Device)", 5, 2),
+        ("Memcpy DtoD (Device -> Device)", 6.5, 3),
+        ("Memcpy HtoD (Pinned -> Device)", 8, 1),
+        ("_tokens", 20, 1),
+    ]
+    found = trace.transfers([trace.Piece(name, start * 1e6, length * 1e6) for name, start, length in pieces])
+    assert found == trace.Transfers(7, 2.5 + 0.5 + 1)
+    assert trace.transfers([]) == trace.Transfers(0, 0)
+
+
+@pytest.mark.parametrize("unit", ["block", "phase"])
+def test_an_offloaded_dit_gives_the_same_result(capsys: pytest.CaptureFixture[str], unit: str) -> None:
+    argv = ("dit", "--model", "tiny", "--size", "32x48", "--frames", "5", "--repeats", "1", "--warmup", "1")
+    report = run(capsys, *argv, "--mm_type", "int8", "--offload", unit, "--seed", "3", "--trace")
+    names = ["int8", f"int8 offload {unit}"]
+    entries = {entry["name"]: entry for entry in report["cases"][0]["entries"]}
+    assert list(entries) == names and all(entry["error"] == 0 for entry in entries.values())
+
+
 def test_dit_of_image_to_video_does_what_diffusers_does(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
