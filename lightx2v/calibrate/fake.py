@@ -7,8 +7,9 @@ from collections.abc import Callable
 from torch import Tensor
 
 from lightx2v.quant.activations import quantize_input
+from lightx2v.quant.calibration.ranges import Range, range_parameters
 from lightx2v.quant.formats import dequantize_leaves, quantize_leaves
-from lightx2v.quant.numerics import Quantized
+from lightx2v.quant.numerics import INT8_MAX, Quantized
 from lightx2v.quant.spec import QSpec
 
 
@@ -17,15 +18,15 @@ def fake_weight(spec: QSpec) -> Callable[[Tensor], Tensor]:
     return lambda weight: dequantize_leaves(quantize_leaves(weight, spec), spec)[:, : weight.shape[1]]
 
 
-def fake_input(spec: QSpec | None, limit: float | None = None) -> Callable[[Tensor], Tensor] | None:
+def fake_input(spec: QSpec | None, limits: Range | None = None) -> Callable[[Tensor], Tensor] | None:
     """From an input [M, K] to what its codes stand for; None where inputs stay as they are.
 
-    `limit` is the largest absolute value of all inputs, which a scale for all of them goes by; None: of this one.
+    `limits` is the range that was found beforehand, where `spec` has one; None: that of the input itself.
     """
     if spec is None:
         return None
     if spec.is_calibrated:
-        return lambda x: _whole(x, spec.symmetric, limit)
+        return lambda x: _whole(x, spec.symmetric, limits or Range(float(x.min()), float(x.max())))
 
     def fake(x: Tensor) -> Tensor:
         codes, scale = quantize_input(x, spec)
@@ -43,14 +44,8 @@ def _values(x: Quantized, spec: QSpec) -> Tensor:
     ).flatten(1)
 
 
-def _whole(x: Tensor, symmetric: bool, limit: float | None) -> Tensor:
-    """int8 with one scale for all of x, as if its range went to `limit`."""
-    low, high = float(x.min()), float(x.max())
-    if limit is not None and (size := max(-low, high)) > 0:
-        low, high = low * limit / size, high * limit / size
-    if symmetric:
-        scale = max(-low, high, 1e-12) / 127
-        return (x / scale).round() * scale
-    scale = max(high - low, 1e-12) / 255
-    zero = round(-128 - low / scale)
-    return ((x / scale).round() + zero).clamp(-128, 127).sub(zero) * scale
+def _whole(x: Tensor, symmetric: bool, limits: Range) -> Tensor:
+    """int8 with one scale; what lies outside of its range is cut off."""
+    scale, zero = range_parameters(limits, symmetric=symmetric)
+    least = -INT8_MAX if symmetric else -INT8_MAX - 1
+    return ((x / scale).round() + zero).clamp(least, INT8_MAX).sub(zero) * scale

@@ -13,7 +13,7 @@ from lightx2v.calibrate.smooth import find_multiplier, is_smoothed
 from lightx2v.calibrate.solve import Solved, input_leaves, rotation_of, solve_layer, wants_range
 from lightx2v.calibrate.steps import StepGroups
 from lightx2v.calibrate.trial import output_error
-from lightx2v.calibrate.walk import Part
+from lightx2v.calibrate.walk import Part, unheard
 from lightx2v.calibrate.watch import Wants, Watch, shared_inputs
 from lightx2v.config.calibration import CalibrationConfig
 from lightx2v.errors import ConfigError
@@ -154,7 +154,7 @@ class PartSolver:
         self._edit_module()
         observer = AttentionObserver(rotated=True, smoothed=True)
         with observer.watching(self.part.model, (f"{self.part.prefix}*",)):
-            self.part.run(lambda step, steps: None)
+            self.part.run(unheard)
         return observer.scales()
 
     def _edit_module(self) -> None:

@@ -32,14 +32,17 @@ class Streams:
         self.contexts: list[StepContext] = []
         self.steps: list[int] = []
         """Of the request that each forward is from."""
+        self.requests: list[int] = []
+        """Their numbers."""
         if (folder / _CONTEXTS).is_file():
             self._read()
 
-    def add(self, stream: Stream, context: StepContext, steps: int) -> None:
-        """One more forward, with what enters its first block."""
+    def add(self, stream: Stream, context: StepContext, steps: int, request: int) -> None:
+        """One more forward, of the request of this number, with what enters its first block."""
         self.save(len(self.contexts), 0, stream)
         self.contexts.append(context)
         self.steps.append(steps)
+        self.requests.append(request)
 
     def save(self, index: int, block: int, stream: Stream) -> None:
         """What enters block number `block` in forward number `index`."""
@@ -75,11 +78,11 @@ class Streams:
             return places[id(tensor)]
 
         told = []
-        for context, steps in zip(self.contexts, self.steps, strict=True):
+        for context, steps, request in zip(self.contexts, self.steps, self.requests, strict=True):
             prepared = context.prepared
             tensors = (*context.time, *context.rope, prepared.text, prepared.image, prepared.latent, prepared.pooled)
             place_of = [place(tensor) for tensor in tensors]
-            told.append([place_of, list(context.grid), context.step, context.branch, steps])
+            told.append([place_of, list(context.grid), context.step, context.branch, steps, request])
         write_safetensors(self.folder / _SHARED, shared, {})
         with whole_file(self.folder / _CONTEXTS, needed=len(told) * 200) as temporary:
             temporary.write_text(json.dumps(told), "utf-8")
@@ -90,7 +93,7 @@ class Streams:
 
     def _read(self) -> None:
         shared = load_file(self.folder / _SHARED)
-        for places, grid, step, branch, steps in json.loads((self.folder / _CONTEXTS).read_text("utf-8")):
+        for places, grid, step, branch, steps, request in json.loads((self.folder / _CONTEXTS).read_text("utf-8")):
             head, blocks, cos, sin, text, image, latent, pooled = (
                 None if place is None else shared[str(place)] for place in places
             )
@@ -100,6 +103,7 @@ class Streams:
                 StepContext(TimeEmbedding(head, blocks), (cos, sin), prepared, tuple(grid), step, branch)
             )
             self.steps.append(steps)
+            self.requests.append(request)
 
     def _file(self, index: int, block: int) -> Path:
         return self.folder / f"{index}_{block}.safetensors"
@@ -152,7 +156,7 @@ class Capture:
         def stack(model: DiT, stream: Stream, context: StepContext) -> Stream:
             if (context.step, context.branch) in wanted:
                 kept = replace(stream, x=stream.x.cpu(), txt=None if stream.txt is None else stream.txt.cpu())
-                self.streams.add(kept, self._mover.context(context), run.steps)
+                self.streams.add(kept, self._mover.context(context), run.steps, self._request)
             return inner(model, stream, context)
 
         return stack
@@ -161,8 +165,16 @@ class Capture:
         return predict
 
     def _chosen(self, runs: Sequence[tuple[int, Branch]]) -> set[tuple[int, Branch]]:
+        """Forwards spread over the steps, their branches in turns: of a prompt more is seen than what guides away."""
         count = self.forwards // self.requests + (self._request < self.forwards % self.requests)
         count = min(max(count, 1), len(runs))
+        branches = list(dict.fromkeys(branch for _, branch in runs))
         # Each request begins a little later, so that together they see every part of the way.
         shift = self._request / self.requests
-        return {runs[int((number + shift) * len(runs) / count)] for number in range(count)}
+        left = dict(enumerate(runs))
+        chosen = set()
+        for number in range(count):
+            place, turn = int((number + shift) * len(runs) / count), branches[(number + self._request) % len(branches)]
+            nearest = min(left, key=lambda one: (left[one][1] != turn, abs(one - place)))
+            chosen.add(left.pop(nearest))
+        return chosen

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +28,14 @@ from lightx2v.models.base import Stream
 from lightx2v.models.fold import Foldable
 from lightx2v.plan import Plan
 from lightx2v.runner import Runner
+from lightx2v.sampling.loop import Progress
 
-OnStep = Callable[[int, int], None]
-"""Told the step that runs now, and how many the request has."""
+OnStep = Callable[[int, int, int], None]
+"""Told the step that runs now, how many the request has, and the request's number."""
+
+
+def unheard(step: int, steps: int, request: int) -> None:
+    """An `OnStep` that does nothing."""
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class BlockWalk:
         if next(block.parameters()).is_meta:
             self._fill(f"{name}.", block)
         if number + 1 < len(self.blocks):
-            self._runs(number, block, switch, number + 1)(lambda step, steps: None)
+            self._runs(number, block, switch, number + 1)(unheard)
         self.streams.forget(number)
         block.to("meta")
         platform.trim_memory()
@@ -188,14 +194,19 @@ class BlockWalk:
         @torch.inference_mode()
         def run(on_step: OnStep) -> None:
             mover = Mover(self.device)
-            for index, (context, steps) in enumerate(zip(self.streams.contexts, self.streams.steps, strict=True)):
-                on_step(context.step, steps)
+            told = zip(self.streams.contexts, self.streams.steps, self.streams.requests, strict=True)
+            for index, (context, steps, request) in enumerate(told):
+                on_step(context.step, steps, request)
                 switch.at(context.step, context.grid)
                 out = block(self.streams.load(index, number, self.device), mover.context(context))
                 if into is not None:
                     self.streams.save(index, into, out)
 
         return run
+
+
+def _progress(on_step: OnStep, request: int, progress: Progress) -> None:
+    on_step(progress.step, progress.steps, request)
 
 
 class PipelineWalk:
@@ -224,8 +235,8 @@ class PipelineWalk:
         def run(on_step: OnStep) -> None:
             for number, prompt in enumerate(tqdm(self.prompts, desc="observe", unit="request")):
                 request = replace(self.plan.request, prompt=prompt, seed=self.plan.request.seed + number)
-                on_step(0, request.steps)
-                runner.run(request, lambda progress: on_step(progress.step, progress.steps), quiet=True)
+                on_step(0, request.steps, number)
+                runner.run(request, partial(_progress, on_step, number), quiet=True)
 
         yield Part("model", "", getattr(runner.pipeline, self.name), run)
 

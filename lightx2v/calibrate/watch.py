@@ -23,6 +23,9 @@ class Wants:
     rows: int = 0
 
 
+FOLDS = 4
+"""Parts that requests are dealt out to, so that what is found on some can be tried on the others."""
+
 Key = Callable[[int, int], int]
 """From a step and the number of steps to the group of steps that it belongs to."""
 
@@ -32,13 +35,13 @@ class Watch:
 
     def __init__(self, groups: Mapping[str, Sequence[str]], wants: Wants, key: Key = lambda step, steps: 0) -> None:
         self.groups, self.wants, self.key = groups, wants, key
-        self.now = 0
+        self.now = self.fold = 0
         self.found: dict[str, dict[int, InputStatistics]] = {name: {} for name in groups}
         self._around: Mapping[str, Around] = {}
 
-    def at(self, step: int, steps: int) -> None:
-        """Say which step runs."""
-        self.now = self.key(step, steps)
+    def at(self, step: int, steps: int, request: int) -> None:
+        """Say which step runs, of which request."""
+        self.now, self.fold = self.key(step, steps), request % FOLDS
 
     @contextmanager
     def attached(self, model: nn.Module, around: Mapping[str, Around] | None = None) -> Iterator[None]:
@@ -75,7 +78,7 @@ class Watch:
                 by_steps[self.now] = InputStatistics(
                     x.shape[-1], bins=wants.bins, gram=wants.gram, rows=wants.rows, seed=self.now + 1
                 )
-            by_steps[self.now].update(x)
+            by_steps[self.now].update(x, self.fold)
 
         return hook
 

@@ -14,7 +14,7 @@ from lightx2v.quant.around import fold_around
 from lightx2v.quant.calibration.gptq import gptq
 from lightx2v.quant.calibration.grids import IntegerGrid, dequantize, fake_quantize
 from lightx2v.quant.calibration.lowrank import decompose, truncated_svd
-from lightx2v.quant.calibration.search import OutputError, svdquant_search
+from lightx2v.quant.calibration.search import OutputError, on_span, svdquant_search
 from lightx2v.quant.calibration.smoothing import smoothquant
 
 INT4 = IntegerGrid(4, 64)
@@ -138,7 +138,7 @@ def test_smoothing_and_a_low_rank_branch_are_decibels_above_plain_w4a4() -> None
     spans = seen.abs().amax(0)
     none, smooth = torch.ones(256), smoothquant(spans, [weight])
     error = OutputError(seen[:128], [weight], to_int4, to_int4, lambda smoothed: truncated_svd(smoothed, 32))
-    searched = svdquant_search(spans, [weight], error, 10).multiplier
+    searched = svdquant_search(spans, [weight], on_span(error, spans), 10).multiplier
     plain, smooth_only, both, best = result(none, 0), result(smooth, 0), result(smooth, 32), result(searched, 32)
     assert plain + 3 < smooth_only and smooth_only + 3 < both and both + 1 < best
     # Inputs of four bits leave an error of their own, which no rounding of the weight mends.

@@ -122,6 +122,24 @@ def test_steps_merge_to_what_all_steps_saw() -> None:
     assert torch.equal(merged.histogram.counts, whole.histogram.counts) and len(merged.sample.rows) == 8
 
 
+def test_parts_of_the_data_are_told_apart() -> None:
+    x = inputs(60, 5)
+    first, second = InputStatistics(5, rows=60, seed=1), InputStatistics(5, rows=60, seed=2)
+    for number, part in enumerate(x.split(10)):
+        (first if number < 4 else second).update(part, number % 3)
+    first.merge(InputStatistics.from_state(second.state()))
+    parts = [torch.cat(x.split(10)[number::3]).double() for number in range(3)]
+    for number in range(3):
+        others = torch.cat(parts[:number] + parts[number + 1 :])
+        spans = first.spans(but=number)
+        assert spans.count == 40 and torch.equal(spans.absmax.double(), others.abs().amax(0))
+        torch.testing.assert_close(spans.mean_abs.double(), others.abs().mean(0), rtol=1e-6, atol=0)
+        assert first.sample is not None
+        kept = first.sample.rows[first.sample.folds == number]
+        assert torch.equal(kept.double().sort(0).values, parts[number].sort(0).values)
+    assert first.count == 60 and torch.equal(first.absmax.double(), x.double().abs().amax(0))
+
+
 def test_a_restored_state_goes_on_as_if_it_had_not_stopped() -> None:
     x = inputs(90, 6)
     straight, stopped = (InputStatistics(6, gram=True, rows=10, seed=3) for _ in range(2))

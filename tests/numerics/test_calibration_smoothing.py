@@ -16,6 +16,7 @@ from lightx2v.quant.calibration.search import (
     OutputError,
     awq_search,
     flexible_search,
+    on_span,
     svdquant_search,
 )
 from lightx2v.quant.calibration.smoothing import (
@@ -80,8 +81,9 @@ def test_channels_of_zeros_are_left_alone(dead: str) -> None:
             weight[:, channels] = 0
     spans, means = x.abs().amax(0), x.abs().mean(0)
     error = error_of(x, weights, 7, 7)
-    found = [awq_search(means, weights, error, 0.25), flexible_search(spans, weights, error, 0.25)]
-    found.append(svdquant_search(spans, weights, error, 4))
+    found = [awq_search(means, weights, on_span(error, means), 0.25)]
+    found.append(flexible_search(spans, weights, on_span(error, spans), 0.25))
+    found.append(svdquant_search(spans, weights, on_span(error, spans), 4))
     multipliers = [smoothquant(spans, weights), iterative_smooth(spans, weights), *(each.multiplier for each in found)]
     for m in multipliers:
         assert m.dtype == torch.float32 and m.shape == (64,)
@@ -124,11 +126,13 @@ def test_searches_find_better_than_none_and_no_worse_than_their_grid() -> None:
     spans = x.abs().amax(0)
     both, weight_only = error_of(x, weights, 7, 7), error_of(x, weights, 7, None)
     none = both(torch.ones(64))
-    flexible, svd = flexible_search(spans, weights, both), svdquant_search(spans, weights, both)
+    tried = on_span(both, spans)
+    flexible, svd = flexible_search(spans, weights, tried), svdquant_search(spans, weights, tried)
     assert flexible.error < 0.3 * none and svd.error < 0.3 * none
     assert flexible.error <= both(smoothquant(spans, weights)) * (1 + 1e-4)
     assert svd.error <= both(balance(spans, weight_absmax(weights), 0.45, 0.0)) * (1 + 1e-4)
-    awq = awq_search(x.abs().mean(0), weights, weight_only)
+    means = x.abs().mean(0)
+    awq = awq_search(means, weights, on_span(weight_only, means))
     assert awq.error < 0.7 * weight_only(torch.ones(64))
     for found, error in ((flexible, both), (svd, both), (awq, weight_only)):
         assert found.error == error(found.multiplier)
@@ -140,6 +144,7 @@ def test_a_search_keeps_ones_where_nothing_is_better() -> None:
     def away_from_ones(multiplier: Tensor) -> float:
         return float((multiplier - 1).abs().sum())
 
+    spans = x.abs().amax(0)
     for search in (awq_search, flexible_search, svdquant_search):
-        found: Found = search(x.abs().amax(0), weights, away_from_ones)
+        found: Found = search(spans, weights, on_span(away_from_ones, spans))
         assert found.error == 0 and (found.alpha, found.beta) == (0, 0) and bool((found.multiplier == 1).all())

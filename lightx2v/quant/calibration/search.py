@@ -1,12 +1,14 @@
 """Searches for the multiplier of `smoothing` that leaves the least error in the output of the linears.
 
-The error of a multiplier is any function of it; `OutputError` is the one that the papers take. Each search tries the
-multiplier of ones first and keeps it where nothing is better, so that no search makes things worse than no smoothing.
+A search tries rules, which make multipliers of spans of the input, so that a rule can be tried on inputs that the spans
+are not of. `OutputError` is the error of a multiplier that the papers take. Each search tries the multiplier of ones
+first and keeps it where nothing is better, so that no search makes things worse than no smoothing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -15,8 +17,10 @@ from torch import Tensor
 from lightx2v.quant.around import Around, fold_around
 from lightx2v.quant.calibration.smoothing import balance, weight_absmax, weight_mean_abs
 
-Error = Callable[[Tensor], float]
-"""From a multiplier float32 [K] to the error that it leaves."""
+Rule = Callable[[Tensor], Tensor]
+"""From a span of the input's channels, float32 [K], to their multiplier, float32 [K]."""
+Error = Callable[[Rule], float]
+"""From a rule to the error that its multipliers leave."""
 FakeQuantize = Callable[[Tensor], Tensor]
 """From a tensor to what its codes stand for, float32 of the same shape."""
 
@@ -28,6 +32,11 @@ class Found(NamedTuple):
     error: float
     alpha: float
     beta: float
+
+
+def on_span(error: Callable[[Tensor], float], span: Tensor) -> Error:
+    """The error of the multiplier that a rule makes of `span`."""
+    return lambda rule: error(rule(span))
 
 
 class OutputError:
@@ -108,11 +117,15 @@ def _grid(step: float) -> list[float]:
 
 def _best(input_span: Tensor, weight_span: Tensor, pairs: Iterable[tuple[float, float]], error: Error) -> Found:
     """The best of these exponents and of ones; the first of equals."""
-    ones = torch.ones_like(input_span, dtype=torch.float32)
-    best = Found(ones, error(ones), 0.0, 0.0)
+    best = Found(torch.ones_like(input_span, dtype=torch.float32), error(none), 0.0, 0.0)
     for alpha, beta in pairs:
         if alpha or beta:
-            multiplier = balance(input_span, weight_span, alpha, beta)
-            if (found := error(multiplier)) < best.error:
-                best = Found(multiplier, found, alpha, beta)
+            rule = partial(balance, weight_span=weight_span, alpha=alpha, beta=beta)
+            if (found := error(rule)) < best.error:
+                best = Found(rule(input_span), found, alpha, beta)
     return best
+
+
+def none(span: Tensor) -> Tensor:
+    """The rule of no smoothing."""
+    return torch.ones_like(span, dtype=torch.float32)
