@@ -49,7 +49,8 @@ def load_denoiser(part: ModelPart, plan: ComponentPlan, device: torch.device, dt
     """
     model = empty_model(part, dtype)
     swap_linears(model, plan.by_name(), dtype, plan.auto_quant)
-    checkpoint = open_any(plan.checkpoint, Wanted(plan.by_name().__contains__))
+    sizes = {layer.name: (layer.out_features, layer.in_features) for layer in plan.layers}
+    checkpoint = open_any(plan.checkpoint, Wanted(sizes.__contains__, sizes=sizes))
     unused = set(unplaced(model, checkpoint))
     if unused:
         logger.warning("{}: tensors without a place in the model: {}", plan.checkpoint, ", ".join(sorted(unused)[:10]))

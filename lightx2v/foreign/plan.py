@@ -154,7 +154,7 @@ def _plan_denoiser(part: ModelPart, model: torch.nn.Module, config: Config, devi
         path = Path(config.dit_quantized_ckpt)
         path = path / part.name if (path / part.name).is_dir() else path
     shapes = quantizable(model)
-    checkpoint = open_any(path, Wanted(shapes.__contains__))
+    checkpoint = open_any(path, Wanted(shapes.__contains__, sizes=shapes))
     check_dit_tensors(model, checkpoint, lambda name: name, str(path))
     planned = plan_component(
         part.name,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,8 @@ class Wanted:
     """Whether any other layer may hold codes too, if its inputs are quantized: floats would not give the same."""
     whole: bool = True
     """Whether layers stay as they are in the files: no rows of several become one."""
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """[N, K] of layers by their names in the files, where the model is known: for formats that do not say."""
 
 
 @dataclass(frozen=True)

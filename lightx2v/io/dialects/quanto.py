@@ -5,11 +5,12 @@
     <layer>.weight._data._data        uint8: codes of 4 or 2 bits of the weight as [NG, K / G], packed along the first
                                       dimension: bits from i * b on of row r are row r + i * rows of the codes
     <layer>.weight._scale, ._shift    [NG, 1]: value = code * scale - shift; (code - shift) * scale of integer shifts
-    <layer>.input_scale, .output_scale   of quantized activations; 1 where they are not
+    <layer>.input_scale, .output_scale   [] of quantized activations, value = code * scale; 1 where they are not
 
 Groups are of 128 of a row, or of 96, 64, 32 when that does not divide K; rows of 128 and less, and ones that none
 divides, are whole. `quantization_map.json` or `quanto_qmap.json` beside the file
-names the types of each layer.
+names the types of each layer. Quanto rounds the results of a layer with quantized activations, too, which no layer of
+this engine does; `lightx2v.integrations.quanto` says in the map where they are left alone.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightx2v.errors import CheckpointError
 from lightx2v.io.derived import Given, Made
 from lightx2v.io.dialects.base import Found, Translation
 from lightx2v.quant.integers import pack_integers
@@ -28,6 +30,9 @@ MAPS = ("quanto_qmap.json", "quantization_map.json")
 _BYTES, _BITS = ".weight._data", ".weight._data._data"
 _EIGHT = {"I8": "int8-weight-only", "F8_E4M3": "fp8-weight-only"}
 _TYPES = ("qint8", "qint4", "qint2", "qfloat8", "qfloat8_e4m3fn")
+_STATIC = {"I8": ("qint8",), "F8_E4M3": ("qfloat8", "qfloat8_e4m3fn")}
+"""Activations that are multiplied with weights of the same type."""
+_STATIC_TYPES = {"I8": "int8-static", "F8_E4M3": "fp8-pertensor"}
 
 
 class Quanto:
@@ -38,41 +43,68 @@ class Quanto:
 
     def translate(self, found: Found) -> Translation:
         """Codes of 8 bits as they are, shorter ones packed along K instead."""
-        _check_types(found)
+        activations = _activations(found)
         translation = Translation(found)
         for layer in found.ending(_BYTES):
-            _eight_bits(translation, layer)
+            _eight_bits(translation, layer, activations.get(layer))
         for layer in found.ending(_BITS):
+            if layer in activations:
+                raise _mixed(found, layer, activations[layer])
             _few_bits(translation, layer)
+        # What is left are scales of layers whose weights are floats, as norms are: of results that stay as they are.
+        translation.take(*(name for name in found.tensors if name.endswith((".input_scale", ".output_scale"))))
         return translation
 
 
 DIALECT = Quanto()
 
 
-def _check_types(found: Found) -> None:
+def _activations(found: Found) -> dict[str, str]:
+    """The type of the quantized inputs of each layer that has them, by the map."""
     name, types = next(((name, types) for name in MAPS if (types := found.beside(name))), ("", {}))
+    quantized = {}
     for layer, said in types.items():
         kinds = said if isinstance(said, dict) else {}
-        weights, activations = kinds.get("weights"), kinds.get("activations")
+        weights, activations = kinds.get("weights"), kinds.get("activations", "none")
         if weights not in (*_TYPES, "none", None):
             raise found.refuse(f"{name} says that '{layer}' has weights of type {weights!r}", ", ".join(_TYPES))
-        if activations not in ("none", None):
+        if activations in ("none", None):
+            continue
+        if kinds.get("outputs", activations) != "none":
             raise found.refuse(
-                f"{name} says that '{layer}' has activations of type {activations!r}, whose results are quantized too",
-                "activations 'none'",
-                "quantize the weights alone",
+                f"{name} says that '{layer}' has activations of type {activations!r}, and rounds its results too",
+                "activations 'none', or outputs 'none'",
+                "load it with lightx2v.integrations.quanto, which rounds results as well, or quantize weights alone",
             )
+        quantized[layer] = str(activations)
+    return quantized
 
 
-def _eight_bits(translation: Translation, layer: str) -> None:
+def _mixed(found: Found, layer: str, activations: str) -> CheckpointError:
+    return found.refuse(
+        f"'{layer}' has activations of type {activations!r} and weights of another one",
+        "qint8 with qint8, qfloat8 with qfloat8",
+        "load it with lightx2v.integrations.quanto",
+    )
+
+
+def _eight_bits(translation: Translation, layer: str, activations: str | None) -> None:
     found, data, scale = translation.found, layer + _BYTES, f"{layer}.weight._scale"
     info = found.tensors[data]
     if info.dtype not in _EIGHT or len(info.shape) != 2:
         raise found.refuse(f"'{data}' is {info.dtype} {list(info.shape)}", "int8 and float8_e4m3fn of linear layers")
     _check_scale(found, scale, info.shape[0])
     leaves = {"weight": translation.same(data), "weight_scale": translation.same(scale)}
-    _add(translation, layer, _EIGHT[info.dtype], leaves, info.shape[0], info.shape[1])
+    mm_type = _EIGHT[info.dtype]
+    if activations is not None:
+        if activations not in _STATIC[info.dtype]:
+            raise _mixed(found, layer, activations)
+        of_input = f"{layer}.input_scale"
+        if of_input not in found.tensors or found.tensors[of_input].shape not in ((), (1,)):
+            raise found.refuse(f"'{of_input}' is missing or no single number", "the scale of the input, []")
+        leaves["input_scale"] = Made((of_input,), lambda given: given[of_input].float().reshape(1), "F32", (1,))
+        mm_type = _STATIC_TYPES[info.dtype]
+    _add(translation, layer, mm_type, leaves, info.shape[0], info.shape[1])
 
 
 def _few_bits(translation: Translation, layer: str) -> None:
@@ -107,19 +139,22 @@ def _few_bits(translation: Translation, layer: str) -> None:
 
 
 def _add(translation: Translation, layer: str, mm_type: str, leaves: dict[str, Made], n: int, k: int) -> None:
-    scales = (f"{layer}.input_scale", f"{layer}.output_scale")
-    translation.take(*(name for name in scales if name in translation.found.tensors))
     translation.layer(layer, mm_type, leaves, n, k)
 
 
 def _outputs(found: Found, layer: str, groups: int, width: int) -> int:
-    """N of a layer whose codes are [groups, width], by its bias, or where width cannot be that of a group."""
+    """N of a layer whose codes are [groups, width], by its bias or the model, or where width is that of no group."""
     if (bias := found.tensors.get(f"{layer}.bias")) is not None:
         n = bias.shape[0]
+    elif layer in found.wanted.sizes:
+        n = found.wanted.sizes[layer][0]
     elif width not in GROUPS:
         n = groups
     else:
-        raise found.refuse(f"'{layer}' has no bias, and rows of {width} codes may be of groups or whole")
+        raise found.refuse(
+            f"'{layer}' has no bias, and rows of {width} codes may be of groups or whole",
+            do="run it with model_cls diffusers, which knows the sizes of layers",
+        )
     if groups % n or (groups > n and group_size(width * groups // n) != width):
         raise found.refuse(f"'{layer}' has {groups} groups of {width} for {n} outputs, not as Quanto makes them")
     return n

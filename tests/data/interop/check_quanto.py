@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,25 @@ def written_by_them(weights: str, folder: Path) -> None:
     again = wan(256)
     ours.quantize(again, weights=weights)
     ours.freeze(again)
-    equal = sum(
-        torch.equal(again.state_dict()[name].float(), tensor.float()) for name, tensor in loaded.state_dict().items()
-    )
-    print(f"{weights}, tensors equal bit by bit: {equal} of {len(loaded.state_dict())}")
+    compare_tensors(weights, again.state_dict(), model.state_dict())
+
+
+def compare_tensors(weights: str, ours_there: Mapping[str, Tensor], theirs_there: Mapping[str, Tensor]) -> None:
+    """Bit by bit, but for shifts: here they are a zero point times a scale, which may round in the last bit."""
+    if ours_there.keys() != theirs_there.keys():
+        raise SystemExit(f"{weights}: other tensors, {sorted(ours_there.keys() ^ theirs_there.keys())}")
+    equal, furthest = 0, 0.0
+    for name, wanted in theirs_there.items():
+        got = ours_there[name]
+        same = got.dtype == wanted.dtype and torch.equal(got.float(), wanted.float())
+        if not (same or name.endswith("._shift")):
+            raise SystemExit(f"{weights}: '{name}' is another one")
+        equal += same
+        if not same:
+            furthest = max(furthest, float(((got - wanted).abs() / wanted.abs()).max()))
+    print(f"{weights}, tensors equal bit by bit: {equal} of {len(theirs_there)}, shifts off by {furthest:.1e}")
+    if furthest > 2**-22:
+        raise SystemExit(f"{weights}: a shift is off by {furthest:.1e}")
 
 
 def through_diffusers(weights: str, folder: Path) -> None:
