@@ -7,16 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightx2v.convert.cli import main
+from lightx2v.integrations.diffusers import load_quantized_model
 from lightx2v.io.declared import declare_layers, declared_layers
 from lightx2v.io.dialects.base import Wanted
 from lightx2v.io.dialects.open import open_any
 from lightx2v.io.weights import Checkpoint, write_safetensors
 from lightx2v.mm.scheme import parse
-from lightx2v.quant.formats import quantize_leaves, written_leaves
+from lightx2v.quant.formats import dequantize_leaves, quantize_leaves, read_leaves, written_leaves
 from lightx2v.quant.quanto import quanto_leaves
 from tests.interop import msmodelslim_files
 from tests.unit import convert_data
@@ -32,6 +34,14 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 
 BIAS, OTHER = random(N, seed=1), random(5, seed=2).bfloat16()
 STATIC = {"input_scale": torch.tensor([0.031]), "input_zero": torch.tensor([-7.0])}
+STEPWISE = STATIC | {"input_steps": torch.tensor([20, 10], dtype=torch.int32)}
+OTHER_STEP = STATIC | {"input_steps": torch.tensor([20, 5], dtype=torch.int32)}
+THREE_STEPS = {
+    "input_scale": torch.tensor([0.03, 0.04, 0.05]),
+    "input_zero": torch.tensor([-7.0, 1.0, 2.0]),
+    "input_steps": torch.tensor([20, 10, 13, 17], dtype=torch.int32),
+}
+FP8_SGL = "W-fp8-channel-sym-A-fp8-channel-sym-dynamic-Auto-ActSgl"
 
 
 def leaves_of(mm_type: str, k: int = K) -> Leaves:
@@ -64,12 +74,17 @@ def opened(folder: Path) -> Checkpoint:
     ("to", "mm_type", "more", "read"),
     [
         ("angelslim", "fp8-pertensor", {}, "W-fp8-tensor-sym-A-fp8-tensor-sym-dynamic-Auto-ActAngelSlim"),
+        ("angelslim", "fp8-pertensor-weight-only", {}, "fp8-pertensor-weight-only"),
+        ("angelslim", "fp8", {}, "fp8"),
+        ("angelslim", FP8_SGL, {}, FP8_SGL),
+        ("angelslim", "fp8-b128", {}, "fp8-b128"),
         ("comfyui", "fp8-pertensor", {}, None),
         ("comfyui", "fp8-pertensor", {"input_scale": torch.tensor(0.5)}, None),
         ("quanto", "int8", {}, "int8-weight-only"),
         ("quanto", "fp8-weight-only", {}, "fp8-weight-only"),
         ("msmodelslim", "int8", {}, "int8"),
         ("msmodelslim", "int8-static-asym", STATIC, "int8-static-asym"),
+        ("msmodelslim", "int8-timestep", STEPWISE, "int8-timestep"),
         ("msmodelslim", "int8-g128-asym", {}, "int8-g128-asym"),
         ("msmodelslim", "mxfp8", {}, "mxfp8"),
         ("msmodelslim", "mxfp4", {}, "mxfp4"),
@@ -143,6 +158,107 @@ def test_weights_alone_are_w8a16(tmp_path: Path) -> None:
     assert torch.equal(stored[f"{LAYER}.weight"], leaves["weight"]) and not stored[f"{LAYER}.weight_offset"].any()
 
 
+def test_every_step_has_the_scale_of_the_middle(tmp_path: Path) -> None:
+    leaves = leaves_of("int8-timestep") | STEPWISE
+    folder = exported(tmp_path, "msmodelslim", "int8-timestep", leaves)
+    stored = load_file(folder / "quant_model_weight_w8a8_timestep.safetensors")
+    one = load_file(
+        exported(tmp_path / "one", "msmodelslim", "int8-static-asym", leaves_of("int8-static-asym") | STATIC)
+        / "quant_model_weight_w8a8.safetensors"
+    )
+    for leaf in ("input_scale", "input_offset", "deq_scale", "quant_bias"):
+        got, wanted = stored[f"{LAYER}.{leaf}"], one[f"{LAYER}.{leaf}"]
+        assert len(got) == 20 and all(torch.equal(step.reshape(-1), wanted.reshape(-1)) for step in got), leaf
+    made = msmodelslim_files.static(random(N, K), BIAS, torch.ones(20), torch.zeros(20), legacy=True)
+    assert all(stored[f"{LAYER}.{leaf}"].shape == tensor.shape for leaf, tensor in made.items())
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def in_rows(scales: Tensor, n: int, groups: int) -> Tensor:
+    """[n, groups] of scales in the order of tensor cores (cuBLAS, "1D block scaling factors layout"), one by one."""
+    flat, bands = scales.flatten(), -(-groups // 4)
+    place = [
+        [((r // 128) * bands + g // 4) * 512 + (r % 32) * 16 + (r % 128 // 32) * 4 + g % 4 for g in range(groups)]
+        for r in range(n)
+    ]
+    return flat[torch.tensor(place)]
+
+
+@pytest.mark.parametrize("k", [K, 96])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_comfyuis_nvfp4(scaled: bool, k: int, tmp_path: Path) -> None:
+    """The first code is in the high half of a byte, and scales of tensors are factors."""
+    leaves = leaves_of("nvfp4", k) | ({"input_global_scale": torch.tensor(300.0)} if scaled else {})
+    folder = exported(tmp_path, "comfyui", "nvfp4", leaves)
+    stored = {name.removeprefix(f"{LAYER}."): t for name, t in load_file(next(folder.glob("*.safetensors"))).items()}
+    assert json.loads(bytes(stored["comfy_quant"].tolist())) == {"format": "nvfp4"} and "scaled_fp8" not in stored
+    assert ("input_scale" in stored) == scaled
+    if scaled:
+        assert stored["input_scale"].item() == pytest.approx(1 / 300)
+    table = torch.tensor((*E2M1, *(-value for value in E2M1)), dtype=torch.float64)
+    codes = torch.stack((stored["weight"] >> 4, stored["weight"] & 15), dim=2).flatten(1)
+    scales = in_rows(stored["weight_scale"].view(torch.uint8), N, k // 16).view(torch.float8_e4m3fn).double()
+    values = table[codes.long()] * scales.repeat_interleave(16, dim=1) * stored["weight_scale_2"].double()
+    assert float((values - random(N, k).double()).abs().max()) < 0.7
+    spec = parse("nvfp4").weight
+    assert spec is not None
+    exact = dequantize_leaves(read_leaves(leaves, spec, N, k, ""), spec).double()
+    torch.testing.assert_close(values, exact, rtol=1e-6, atol=0)
+    again = {leaf: stored[leaf] for leaf in stored if leaf not in ("bias", "norm.weight")}
+    back = dequantize_leaves(read_leaves(again, spec, N, k, ""), spec).double()
+    torch.testing.assert_close(back, exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("k", [K, 96])
+def test_comfyuis_mxfp8(k: int, tmp_path: Path) -> None:
+    leaves = leaves_of("mxfp8", k)
+    folder = exported(tmp_path, "comfyui", "mxfp8", leaves)
+    stored = load_file(next(folder.glob("*.safetensors")))
+    assert json.loads(bytes(stored[f"{LAYER}.comfy_quant"].tolist())) == {"format": "mxfp8"}
+    exponents = in_rows(stored[f"{LAYER}.weight_scale"], N, k // 32).double() - 127
+    values = stored[f"{LAYER}.weight"].double() * torch.exp2(exponents).repeat_interleave(32, dim=1)
+    spec = parse("mxfp8").weight
+    assert spec is not None
+    exact = dequantize_leaves(read_leaves(leaves, spec, N, k, ""), spec).double()
+    assert stored[f"{LAYER}.weight"].dtype == torch.float8_e4m3fn and torch.equal(values, exact)
+    assert float((values - random(N, k).double()).abs().max()) < 0.2
+
+
+def test_what_does_not_go_into_one_file_of_angelslim(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {f"{LAYER}.{leaf}": tensor for leaf, tensor in leaves_of("fp8").items()}
+    tensors |= {f"blocks.1.ffn.0.{leaf}": tensor for leaf, tensor in leaves_of("fp8-b128").items()}
+    types = {LAYER: "fp8", "blocks.1.ffn.0": "fp8-b128"}
+    write_safetensors(tmp_path / "ours.safetensors", tensors, declare_layers(types))
+    flags = ["--source", str(tmp_path / "ours.safetensors"), "--output", str(tmp_path / "theirs"), "--to", "angelslim"]
+    assert main(flags) == 2
+    assert "fp8-per-block and fp8-per-token" in capsys.readouterr().err and not (tmp_path / "theirs").exists()
+
+
+@pytest.mark.parametrize(
+    ("mm_type", "quant_type"), [("fp8", "fp8-per-token"), ("fp8-b128", "fp8-per-block"), (FP8_SGL, "fp8-per-token-sgl")]
+)
+def test_the_drop_in_loads_angelslims_other_types(mm_type: str, quant_type: str, tmp_path: Path) -> None:
+    leaves = leaves_of(mm_type)
+    folder = exported(tmp_path, "angelslim", mm_type, leaves)
+    (folder / "config.json").unlink(missing_ok=True)
+    net = nn.Module()
+    net.blocks = nn.ModuleList([nn.Module()])
+    net.blocks[0].ffn = nn.ModuleList([nn.Linear(K, N)])
+    net.norm = nn.LayerNorm(5, bias=False, dtype=torch.bfloat16)
+    loaded = load_quantized_model(net, folder)
+    layer = loaded.get_submodule(LAYER)
+    with safe_open(folder / "fp8_scales.safetensors", framework="pt") as file:
+        assert json.loads(file.metadata()["quantization"])["quant_type"] == quant_type
+    x, spec = random(7, K, seed=9), parse(mm_type).weight
+    assert spec is not None
+    exact = x.double() @ dequantize_leaves(leaves, spec).double().T + BIAS.double()
+    with torch.no_grad():
+        got = layer(x).double()
+    assert float((got - exact).norm() / exact.norm()) < 0.05, "inputs are quantized"
+
+
 def test_angelslims_second_file(tmp_path: Path) -> None:
     folder = exported(tmp_path, "angelslim", "fp8-pertensor", leaves := leaves_of("fp8-pertensor"))
     scales = load_file(folder / "fp8_scales.safetensors")
@@ -154,9 +270,14 @@ def test_angelslims_second_file(tmp_path: Path) -> None:
     ("to", "mm_type", "more", "said"),
     [
         ("angelslim", "int8", {}, "is W-int8"),
-        ("angelslim", "fp8", {}, "is W-fp8-channel"),
+        ("angelslim", "fp8-weight-only", {}, "is W-fp8-channel"),
         ("angelslim", "fp8-pertensor", {"input_scale": torch.tensor(0.5)}, "with 'input_scale'"),
         ("comfyui", "fp8-b128", {}, "is W-fp8-block128"),
+        ("comfyui", "mxfp4", {}, "is W-mxfp4"),
+        ("comfyui", "int8", {}, "is W-int8"),
+        ("comfyui", "nvfp4", {"input_multiplier": torch.ones(K)}, "with 'input_multiplier'"),
+        ("msmodelslim", "int8-timestep", OTHER_STEP, r"from the steps [5] of 20 on"),
+        ("msmodelslim", "int8-timestep", THREE_STEPS, r"from the steps [10, 13, 17] of 20 on"),
         ("quanto", "int4-g128", {}, "is W-int4-group128"),
         ("quanto", "int4-g64-asym", {}, "K is 256"),
         ("quanto", "int8-static-asym", STATIC, "is W-int8"),

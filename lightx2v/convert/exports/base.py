@@ -36,6 +36,8 @@ class Layer:
     where: str
     held: str
     """What the package can hold, in words."""
+    load: Callable[[str], Tensor]
+    """A small tensor of the source by its name there, for a choice that hangs on its values."""
 
     @property
     def spec(self) -> QSpec:
@@ -120,12 +122,15 @@ class Export(Protocol):
         """Its tensors. Raises CheckpointError for a scheme that the package does not hold."""
         ...
 
-    def beside(self) -> Mapping[str, Made]:
-        """Tensors of no layer that it has in its file as well."""
+    def beside(self, kinds: Mapping[str, str]) -> Mapping[str, Made]:
+        """Tensors of no layer that it has in its file as well. `kinds` are what it calls the types of the layers."""
         ...
 
     def file(self, name: str, is_dit: bool, kinds: Mapping[str, str]) -> str:
-        """The name of the file of weights; `name` is the one that the user wants where there is a choice."""
+        """The name of the file of weights; `name` is the one that the user wants where there is a choice.
+
+        Raises CheckpointError for types that do not go together.
+        """
         ...
 
     def describe(self, written: Written) -> None:

@@ -18,6 +18,7 @@ from lightx2v.quant.spec import (
     INT8_CHANNEL,
     INT8_STATIC,
     INT8_STATIC_ASYM,
+    INT8_STEPS,
     INT8_TOKEN,
     MXFP4,
     MXFP4_DYNAMIC,
@@ -35,8 +36,9 @@ class MsModelSlim:
     """The writer."""
 
     held = (
-        "int8 rows with inputs quantized per token (W8A8_DYNAMIC), by one stored scale (W8A8) or not at all (W8A16, "
-        "groups with zero points too), mxfp8 and mxfp4; with or without input_multiplier and low-rank branches"
+        "int8 rows with inputs quantized per token (W8A8_DYNAMIC), by one stored scale (W8A8), by one from the middle "
+        "of the steps on (W8A8_TIMESTEP) or not at all (W8A16, groups with zero points too), mxfp8 and mxfp4; with or "
+        "without input_multiplier and low-rank branches"
     )
 
     def layer(self, layer: Layer) -> Exported:
@@ -59,6 +61,8 @@ class MsModelSlim:
             return "W8A8_DYNAMIC", _per_channel(layer)
         if weight == INT8_CHANNEL and activation in (INT8_STATIC, INT8_STATIC_ASYM):
             return "W8A8", _static(layer)
+        if weight == INT8_CHANNEL and activation == INT8_STEPS:
+            return "W8A8_TIMESTEP", _timestep(layer)
         if weight == INT8_CHANNEL and activation is None:
             return "W8A16", _per_channel(layer)
         if activation is None and layer.spec.dtype == "int8" and not layer.spec.symmetric:
@@ -69,7 +73,7 @@ class MsModelSlim:
             return "W4A4_MXFP4", _blocks(layer, "U8", lambda codes: codes[:, -1] >> 4)
         raise layer.refuse()
 
-    def beside(self) -> Mapping[str, Made]:
+    def beside(self, kinds: Mapping[str, str]) -> Mapping[str, Made]:
         return {}
 
     def file(self, name: str, is_dit: bool, kinds: Mapping[str, str]) -> str:
@@ -107,6 +111,28 @@ def _static(layer: Layer) -> Tensors:
     """Inputs by a stored scale: with what its kernels add to their int32 sums, and multiply these by."""
     if layer.stored["input_scale"].shape not in ((), (1,), (1, 1)):
         raise layer.refuse(f"with {list(layer.stored['input_scale'].shape)} scales of its input")
+    return _with_input(layer, ())
+
+
+def _timestep(layer: Layer) -> Tensors:
+    """The same, an entry for each step. The file does not say from which on they hold: its readers take the middle."""
+    steps, *first = layer.load(layer.stored["input_steps"].name).flatten().tolist()
+    if first != [steps // 2]:
+        raise layer.refuse(f"with scales of its input from the steps {first} of {steps} on, not from the middle")
+    tensors = _with_input(layer, ("input_steps",))
+    for leaf in ("input_scale", "input_offset", "deq_scale", "quant_bias"):
+        tensors[leaf] = _stacked(tensors[leaf], steps)
+    return tensors
+
+
+def _stacked(one: Made, steps: int) -> Made:
+    """[N] -> [T, N], [1] -> [T]."""
+    shape = (steps,) if one.shape == (1,) else (steps, *one.shape)
+    return one._replace(make=lambda given: one.make(given).expand(shape).contiguous(), shape=shape)
+
+
+def _with_input(layer: Layer, read: tuple[str, ...]) -> Tensors:
+    """The tensors of a stored scale; `read` are those of the source that others are made by."""
     n = layer.n
     zero = ("input_zero",) if "input_zero" in layer.stored else ()
     bias = ("bias",) if "bias" in layer.stored else ()
@@ -124,7 +150,9 @@ def _static(layer: Layer) -> Tensors:
     offset = layer.floats("input_zero", (1,)) if zero else Made((), lambda given: torch.zeros(1), "F32", (1,))
     return {
         **_per_channel(layer),
-        "input_scale": layer.floats("input_scale", (1,)),
+        "input_scale": layer.made(
+            lambda given: given["input_scale"].float().reshape(1), "F32", (1,), "input_scale", *read
+        ),
         "input_offset": offset,
         "deq_scale": layer.made(deq, "F32", (n,), "input_scale", "weight_scale"),
         "quant_bias": layer.made(quant_bias, "I32", (n,), "input_scale", "weight_scale", "weight", *zero, *bias),

@@ -66,7 +66,7 @@ class Quanto:
 
         return {f"{weight}.{leaf}": made(leaf) for leaf in shapes}
 
-    def beside(self) -> Mapping[str, Made]:
+    def beside(self, kinds: Mapping[str, str]) -> Mapping[str, Made]:
         return {}
 
     def file(self, name: str, is_dit: bool, kinds: Mapping[str, str]) -> str:

@@ -69,8 +69,8 @@ def export(options: Options) -> Report:
             recipes[written] = name
     for found in exported.values():
         recipes |= found.tensors
-    made = derive(checkpoint, {**recipes, **target.beside()}, {})
     kinds = {names.layer(name): found.kind for name, found in exported.items()}
+    made = derive(checkpoint, {**recipes, **target.beside(kinds)}, {})
     owners = {tensor: names.layer(name) for name, found in exported.items() for tensor in found.tensors}
     path = options.output / target.file(options.output_name, _is_dit(options), kinds)
     slots = [Slot(name, info.dtype, info.shape) for name, info in made.tensors.items()]
@@ -166,7 +166,8 @@ def _layer(
         what = f"may be {' or '.join(kind for kind, _ in found.values())}" if found else "is in no known layout"
         raise _refuse(checkpoint, f"layer '{name}', {weight.dtype} {list(weight.shape)}, {what}", target.held)
     ((mm_type, k),) = found.values()
-    return Layer(written, mm_type, parse(mm_type), n, k, dict(stored), str(checkpoint.path), target.held)
+    where, scheme = str(checkpoint.path), parse(mm_type)
+    return Layer(written, mm_type, scheme, n, k, dict(stored), where, target.held, checkpoint.load)
 
 
 def _says(said: str, mm_type: str) -> bool:
