@@ -15,7 +15,6 @@ from torch import Tensor
 from lightx2v import __version__
 from lightx2v.calibrate.part import PartResult
 from lightx2v.calibrate.report import LayerReport
-from lightx2v.calibrate.walk import Part
 from lightx2v.convert.configs import INDEX, write_index, write_json
 from lightx2v.io.declared import declare_layers
 from lightx2v.io.headers import read_header
@@ -33,15 +32,12 @@ class Output:
 
     def __init__(self, folder: Path, staging: Path, identity: str) -> None:
         self.folder, self.staging, self.identity = folder, staging, identity
-        self._taken: set[str] = set()
 
     def resume(self, parts: Sequence[str]) -> int:
         """How many of the parts are there already. What another calibration has left is removed."""
         known = self.staging / _IDENTITY
         if not known.is_file() or known.read_text("utf-8") != self.identity:
-            shutil.rmtree(self.staging, ignore_errors=True)
-            self.staging.mkdir(parents=True)
-            known.write_text(self.identity, "utf-8")
+            self.begin()
         done = 0
         while done < len(parts) and self._file(parts[done]).is_file() and self._told(parts[done]).is_file():
             done += 1
@@ -49,19 +45,25 @@ class Output:
             logger.info("{} of {} parts are there from an earlier run", done, len(parts))
         return done
 
-    def write(self, part: Part, source: Source, result: PartResult, schemes: Mapping[str, Scheme]) -> None:
-        """The tensors of one part: those that were made, and the others as they are."""
+    def begin(self) -> None:
+        """Remove what any earlier run has left."""
+        shutil.rmtree(self.staging, ignore_errors=True)
+        self.staging.mkdir(parents=True)
+        (self.staging / _IDENTITY).write_text(self.identity, "utf-8")
+
+    def write(self, part: str, prefix: str, source: Source, result: PartResult, schemes: Mapping[str, Scheme]) -> None:
+        """The tensors of one part, whose names begin with `prefix`: those that were made, the others as they are."""
         solved = result.solved
         told = {name: {"mm_type": declared_name(schemes[name]), **one.told} for name, one in solved.items()}
-        write_json(self._told(part.name), told)
+        write_json(self._told(part), told)
         replaced = {f"{name}.weight" for name in solved} | result.edited.keys()
-        names = [name for name in source.names if name.startswith(part.prefix) and name not in replaced]
+        names = [name for name in source.names if name.startswith(prefix) and name not in replaced]
         tensors: dict[str, Tensor] = {name: tensor.clone() for name, tensor in source.read(names)}
         tensors |= result.edited
         for name, one in solved.items():
             tensors |= {f"{name}.{leaf}": tensor for leaf, tensor in one.leaves.items()}
         declared = declare_layers({name: declared_name(schemes[name]) for name in solved}, result.folded)
-        write_safetensors(self._file(part.name), tensors, {"lightx2v": __version__, **declared})
+        write_safetensors(self._file(part), tensors, {"lightx2v": __version__, **declared})
 
     def write_rest(self, prefixes: Sequence[str], source: Source) -> None:
         """What is in no part."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,8 +38,25 @@ class PartResult:
     """Layers that a multiplier went out of or into."""
 
 
+def look(
+    part: Part,
+    groups: Mapping[str, tuple[str, ...]],
+    schemes: Iterable[Scheme],
+    recipe: CalibrationConfig,
+    steps: StepGroups,
+) -> Watch:
+    """Run a part once, and keep of the inputs of its `groups` of layers what solving them for `schemes` takes."""
+    activations = [scheme.activation for scheme in schemes]
+    bins = _BINS if any(map(wants_range, activations)) else 0
+    key = steps.key if INT8_STEPS in activations else lambda step, steps: 0
+    seen = Watch(groups, Wants(bins, recipe.solver == "gptq", recipe.rows), key)
+    with seen.attached(part.module):
+        part.run(seen.at)
+    return seen
+
+
 class PartSolver:
-    """Solves the layers of `part` that `schemes` has, by full name."""
+    """Solves the layers of `part` that `schemes` has, by full name; `seen` is what an earlier `look` at them gave."""
 
     def __init__(
         self,
@@ -48,8 +65,9 @@ class PartSolver:
         recipe: CalibrationConfig,
         steps: StepGroups,
         device: DeviceInfo,
+        seen: Watch | None = None,
     ) -> None:
-        self.part, self.recipe, self.steps, self.device = part, recipe, steps, device
+        self.part, self.recipe, self.steps, self.device, self.seen = part, recipe, steps, device, seen
         self.schemes = {name.removeprefix(part.prefix): scheme for name, scheme in schemes.items()}
         self.groups = shared_inputs(part.module, list(self.schemes))
         linears: dict[str, Any] = {name: part.module.get_submodule(name) for name in self.schemes}
@@ -63,16 +81,11 @@ class PartSolver:
     def solve(self) -> PartResult:
         """Run the part as often as it takes."""
         wanted = {name for name, members in self.groups.items() if any(self._ranged(one) for one in members)}
-        stepwise = any(scheme.activation == INT8_STEPS for scheme in self.schemes.values())
-        bins, gram = _BINS if wanted else 0, self.recipe.solver == "gptq"
-        key = self.steps.key if stepwise else lambda step, steps: 0
-        seen = Watch(self.groups, Wants(bins, gram, self.recipe.rows), key)
-        with seen.attached(self.part.module):
-            self.part.run(seen.at)
+        seen = self.seen or look(self.part, self.groups, self.schemes.values(), self.recipe, self.steps)
         totals = {name: seen.total(name) for name in self.groups}
         around = {name: self._around(name, totals[name]) for name in self.groups}
         changed = {name: self.groups[name] for name in self.groups if name in wanted and around[name].before}
-        ranges = Watch(changed, Wants(_BINS), key)
+        ranges = Watch(changed, Wants(_BINS), seen.key)
         if changed:  # ranges are those of the inputs as they will be quantized
             with ranges.attached(self.part.module, around):
                 self.part.run(ranges.at)

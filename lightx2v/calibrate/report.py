@@ -62,7 +62,9 @@ def render(report: Report, target: Mapping[str, Any] | None = None) -> str:
         counts = ", ".join(f"{count} {name}" for name, count in target["layers"].items())
         lines.insert(
             0,
-            f"chosen: {counts}; predicted {target['predicted_psnr']:.2f} dB, measured {target['measured_psnr']:.2f} dB",
+            f"chosen: {counts}; {target['bits_per_weight']:.2f} bits a weight; predicted"
+            f" {target['predicted_psnr']:.2f} dB, measured {target['measured_psnr']:.2f}"
+            f" ± {target['standard_error']:.2f} dB",
         )
     lines += [f"  {layer.error:8.4f}  {name}  {layer.mm_type}" for name, layer in errors[:10]]
     return "\n".join(lines)

@@ -1,9 +1,10 @@
 """How much a model's result changes when one layer is quantized, in every way that is considered.
 
-A layer's own error is measured on inputs that were seen. What it does to the result is found in two steps that need one
-block in memory at a time: how much the block's output changes when the layer alone is as coarse as it may become, and
-how much of a change of that size behind this block is left, or has grown, behind the last one. For the second the
-streams of all blocks are also run with every layer of one block coarse. Squared errors of layers are taken to add up.
+A layer's own error is that of what the recipe makes of it (`variants`), on inputs that were seen. What it does to the
+result is found in two steps that need one block in memory at a time: how much the block's output changes when the layer
+alone is coarse, and how much of a change of that size behind this block is left, or has grown, behind the last one. For
+the second the streams of all blocks are also run with every layer of one block coarse. Squared errors of layers are
+taken to add up.
 """
 
 from __future__ import annotations
@@ -13,15 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from lightx2v.calibrate.solve import plain_leaves
-from lightx2v.calibrate.trial import made_layer, output_error
-from lightx2v.calibrate.walk import BlockWalk
-from lightx2v.calibrate.watch import Wants, Watch, shared_inputs
-from lightx2v.mm.scheme import Scheme
+from lightx2v.calibrate.trial import made_layer
+from lightx2v.calibrate.variants import Variants
+from lightx2v.calibrate.walk import BlockWalk, Part
 from lightx2v.models.base import Stream
-from lightx2v.platform import DeviceInfo
 
 PROBES = 2
 """Forwards that changes are followed in; of the rest only the inputs of layers are looked at."""
@@ -41,12 +40,10 @@ class Sensitivity:
         return 0.0 if mm_type == "Default" else self.reach[layer] * self.own[layer][mm_type]
 
 
-def measure(
-    walk: BlockWalk, schemes: Mapping[str, Scheme], coarse: str, rows: int, device: DeviceInfo, done: Callable[[], None]
-) -> Sensitivity:
-    """The sensitivity of every layer of `walk`, whose requests have been run, to `schemes` by mm_type.
+def measure(walk: BlockWalk, variants: Variants, coarse: str, done: Callable[[], None]) -> Sensitivity:
+    """The sensitivity of every layer of `walk`, whose requests have been run, to each of the `variants`, made here too.
 
-    `coarse` is the one of them that changes are followed with; `done` is called after each block.
+    `coarse` is the mm_type among them that changes are followed with; `done` is called after each block.
     """
     found = Sensitivity()
     behind: dict[str, float] = {}
@@ -56,22 +53,11 @@ def measure(
     probes, last = walk.probes(PROBES), list[Stream]()
     for part, block in walk.blocks_run():
         local = [name.removeprefix(part.prefix) for name in walk.layers if name.startswith(part.prefix)]
-        seen = Watch(shared_inputs(part.module, local), Wants(rows=rows))
-        with seen.attached(part.module):
-            part.run(seen.at)
-        linears: dict[str, Any] = {name: part.module.get_submodule(name) for name in local}
-        coarse_layers: dict[str, nn.Module] = {}
-        for name, members in seen.groups.items():
-            sample = seen.total(name).sample
-            assert sample is not None
-            for one in members:
-                weight = linears[one].weight.detach().float()
-                own = found.own[part.prefix + one] = {}
-                for mm_type, scheme in schemes.items():
-                    leaves = plain_leaves(scheme, weight, sample.rows)
-                    own[mm_type] = output_error(scheme, leaves, weight, sample.rows, device) ** 2
-                    if mm_type == coarse:
-                        coarse_layers[one] = made_layer(scheme, leaves, linears[one].bias, weight, walk.dtype, device)
+        variants.solve(part)
+        for one in local:
+            name = part.prefix + one
+            found.own[name] = {mm_type: variants.error(name, mm_type) ** 2 for mm_type in variants.schemes}
+        coarse_layers = {one: _made(part, one, variants, coarse, walk.dtype) for one in local}
         exact = [block(index) for index in probes]
         for one in local:
             with exchanged(part.module, {one: coarse_layers[one]}):
@@ -94,6 +80,13 @@ def measure(
         for layer in layers:
             found.reach[layer] = behind[layer] * growth / size
     return found
+
+
+def _made(part: Part, local: str, variants: Variants, mm_type: str, dtype: torch.dtype) -> nn.Module:
+    """A layer of the part as one of the variants."""
+    linear: Any = part.module.get_submodule(local)
+    leaves = variants.leaves(part.prefix + local, mm_type)
+    return made_layer(variants.schemes[mm_type], leaves, linear.bias, linear.weight, dtype, variants.device)
 
 
 @contextmanager

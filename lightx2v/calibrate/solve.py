@@ -144,14 +144,3 @@ def input_leaves(
     if spec == INT8_STEPS:
         leaves["input_steps"] = torch.tensor([steps, *first], dtype=torch.int32)
     return leaves
-
-
-def plain_leaves(scheme: Scheme, weight: Tensor, rows: Tensor) -> dict[str, Tensor]:
-    """The tensors of a weight [N, K] rounded to nearest, and of the range of inputs [R, K] where it is needed."""
-    assert scheme.weight is not None
-    leaves = written_leaves(quantize_leaves(weight, scheme.weight), scheme.weight)
-    if scheme.activation is not None and wants_range(scheme.activation):
-        seen = InputStatistics(rows.shape[1], bins=4096)
-        seen.update(rows)
-        leaves |= input_leaves(CalibrationConfig(), scheme.activation, {0: seen}, [0], 1)
-    return leaves

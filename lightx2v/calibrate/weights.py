@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ from lightx2v.calibrate.report import Report, render, together
 from lightx2v.calibrate.rules import bits_per_weight
 from lightx2v.calibrate.solve import check_recipe
 from lightx2v.calibrate.steps import StepGroups
-from lightx2v.calibrate.target import Chooser, Chosen, Goal, search_folder
+from lightx2v.calibrate.target import Chooser, Chosen, Goal
 from lightx2v.calibrate.walk import BlockWalk, PipelineWalk, Walk
 from lightx2v.config.features import AttentionConfig, CacheConfig
 from lightx2v.config.schema import Config, MMConfig
@@ -36,7 +37,7 @@ from lightx2v.plan.layers import ComponentPlan
 from lightx2v.platform import peak_memory, select_device
 from lightx2v.runner import open_plan
 
-_STAGING = ".incomplete"
+_STAGING, _SEARCH = ".incomplete", ".incomplete-search"
 TARGET = "target.json"
 """What was chosen, and why."""
 
@@ -109,21 +110,26 @@ def _calibrate(
             walk.prepare(prompts, recipe.forwards)
         for part in walk.parts(done):
             here = {name: scheme for name, scheme in schemes.items() if name.startswith(part.prefix)}
-            made.write(part, walk.source, PartSolver(part, here, recipe, steps, plan.device).solve(), schemes)
+            solved = PartSolver(part, here, recipe, steps, plan.device).solve()
+            made.write(part.name, part.prefix, walk.source, solved, schemes)
             bar.update()
     made.write_rest(walk.prefixes, walk.source)
     walk.finish()
-    report = Report(
-        output=str(output),
-        mm_type=config.mm_config.mm_type,
-        prompts=len(prompts),
+    report = _report(made, walk, config.mm_config.mm_type, len(prompts), begin)
+    made.publish(walk.names, report.to_json())
+    return report
+
+
+def _report(made: Output, walk: Walk, mm_type: str, prompts: int, begin: float) -> Report:
+    return Report(
+        output=str(made.folder),
+        mm_type=mm_type,
+        prompts=prompts,
         layers=made.reports(walk.names),
         seconds=round(time.perf_counter() - begin, 1),
         peak_memory_bytes=peak_memory(select_device("cpu")),
         bytes_out=made.nbytes(),
     )
-    made.publish(walk.names, report.to_json())
-    return report
 
 
 def _identity(config: Config, prompts: Sequence[str], component: ComponentPlan) -> str:
@@ -138,27 +144,42 @@ def _identity(config: Config, prompts: Sequence[str], component: ComponentPlan) 
 
 
 def run(config: Config, prompts: Sequence[str], output: Path, target: str | None, as_json: bool) -> None:
-    """Choose mm_types where there is a target, calibrate, and print what came of it."""
+    """Calibrate, for a goal where there is a target, and print what came of it."""
+    chosen = None
     with torch.inference_mode():
-        chosen = None if target is None else choose(config, prompts, output, Goal.parse(target))
-        report = calibrate(config if chosen is None else chosen.config(config), prompts, output)
-    told = report.to_json() if chosen is None else {**report.to_json(), "target": chosen.to_json()}
-    if chosen is not None:
-        write_json(output / TARGET, chosen.to_json())
-    print(json.dumps(told, indent=2) if as_json else render(report, None if chosen is None else chosen.to_json()))
+        if target is None:
+            report = calibrate(config, prompts, output)
+        else:
+            chosen, report = calibrate_for(config, prompts, output, Goal.parse(target))
+    if chosen is None:
+        print(json.dumps(report.to_json(), indent=2) if as_json else render(report))
+    else:
+        told = {**report.to_json(), "target": chosen.to_json()}
+        print(json.dumps(told, indent=2) if as_json else render(report, chosen.to_json()))
 
 
-def choose(config: Config, prompts: Sequence[str], output: Path, goal: Goal) -> Chosen:
-    """The mm_type of every layer for a goal. Raises ConfigError where it cannot be met."""
+def calibrate_for(config: Config, prompts: Sequence[str], output: Path, goal: Goal) -> tuple[Chosen, Report]:
+    """Choose the mm_type of every layer for a goal, and write the weights that the choice was measured with.
+
+    `mm_config` and `calibration.sensitive` are not looked at. Raises ConfigError where the goal cannot be met.
+    """
+    begin, folder = time.perf_counter(), output / _SEARCH
     plan = open_plan(unquantized(config, prompts[0]))
     if not isinstance(plan, Plan):
         raise ConfigError(
             "--target", f"needs the blocks of a model of this engine, and model_cls is {config.model_cls}"
         )
-    walk = BlockWalk(plan, search_folder(output))
+    shutil.rmtree(folder, ignore_errors=True)
     try:
+        walk = BlockWalk(plan, folder / "streams")
+        chooser = Chooser(config, walk, prompts, plan.device, folder)
         walk.prepare(prompts, config.calibration.forwards)
-        chooser = Chooser(config, walk, prompts, plan.device)
-        return chooser.choose(goal, chooser.sensitivity())
+        chosen = chooser.choose(goal, chooser.sensitivity())
+        made = Output(output, output / _STAGING, "")
+        chooser.write(chosen, made)
+        report = _report(made, walk, chosen.mm_type, len(prompts), begin)
+        made.publish(walk.names, report.to_json())
+        write_json(output / TARGET, chosen.to_json())
     finally:
-        walk.finish()
+        shutil.rmtree(folder, ignore_errors=True)
+    return chosen, report

@@ -53,9 +53,13 @@ class CalibrationConfig(Section):
         " sensitive; 'none': as the others.",
     )
     candidates: Annotated[tuple[Name, ...], Field(strict=False, min_length=2)] = Field(
-        default=("Default", "int8", "int4-g64-asym"), description="mm_types that --target chooses from."
+        default=("Default", "int8", "int4-g64-asym", "nf4-double", "int3-g128-asym", "int2-g128-asym"),
+        description="mm_types that --target chooses from.",
     )
     checks: PositiveInt = Field(default=4, description="Clips that --target measures a choice with.")
+    margin: Annotated[float, Field(ge=0)] = Field(
+        default=1.0, description="Standard errors of the mean of those clips that --target stays above a PSNR."
+    )
     forwards: PositiveInt = Field(
         default=32, description="Forwards of the model, spread over steps, branches and prompts, that are looked at."
     )

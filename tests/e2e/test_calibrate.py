@@ -19,7 +19,6 @@ from lightx2v.calibrate.cli import main
 from lightx2v.calibrate.output import Output
 from lightx2v.calibrate.report import Report
 from lightx2v.calibrate.steps import StepGroups
-from lightx2v.calibrate.walk import Part
 from lightx2v.calibrate.weights import calibrate
 from lightx2v.config.calibration import CalibrationConfig
 from lightx2v.config.load import load_config
@@ -181,9 +180,9 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
     whole = made(tmp_path / "whole", "int8-static")
     write, calls = Output.write, []
 
-    def stop(self: Output, part: Part, *args: Any) -> None:
-        if part.name == "block_2" and not calls:
-            calls.append(part.name)
+    def stop(self: Output, part: str, *args: Any) -> None:
+        if part == "block_2" and not calls:
+            calls.append(part)
             raise KeyboardInterrupt
         write(self, part, *args)
 
@@ -203,7 +202,7 @@ def test_an_interrupted_run_goes_on_and_ends_the_same(tmp_path: Path, monkeypatc
 
 
 def test_another_recipe_begins_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: Output, part: Part, *args: Any) -> None:
+    def stop(self: Output, *args: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:

@@ -54,6 +54,37 @@ def test_choices_are_near_the_best_of_all(layers: list[tuple[float, float, float
             assert total_error(within) <= min(total_error(one) for one in cheaper) + 1e-9
 
 
+FREE = st.lists(st.tuples(st.floats(1, 16), st.floats(0.01, 100)), min_size=5, max_size=5)
+
+
+@settings(max_examples=60, deadline=None)
+@given(layers=st.lists(FREE, min_size=1, max_size=4), share=st.floats(0.05, 1.0))
+def test_options_need_not_lie_on_a_convex_curve(layers: list[list[tuple[float, float]]], share: float) -> None:
+    """Costs and errors of five options at random: some are worse in both, some better only than a mix of others."""
+    options = {
+        f"layer{number}": [Option(str(index), *pair) for index, pair in enumerate(pairs)]
+        for number, pairs in enumerate(layers)
+    }
+    every = [dict(zip(options, one, strict=True)) for one in product(*options.values())]
+    step = max(max(cost for cost, _ in pairs) - min(cost for cost, _ in pairs) for pairs in layers)
+    allowed = share * max(total_error(one) for one in every)
+    found = cheapest_within(options, allowed)
+    able = [one for one in every if total_error(one) <= allowed]
+    assert (found is None) == (not able)
+    if found is not None:
+        assert total_error(found) <= allowed
+        assert total_cost(found) <= min(total_cost(one) for one in able) + step + 1e-9
+
+
+def test_an_option_inside_the_curve_is_taken_where_it_fits() -> None:
+    """A price of error alone jumps from 4 bits to 16: 8 bits are on no line between them."""
+    options = {"a": [Option("fine", 16, 0.0), Option("middle", 8, 0.7), Option("coarse", 4, 1.0)]}
+    found = cheapest_within(options, 0.8)
+    assert found is not None and found["a"].mm_type == "middle"
+    within = best_within(options, 9)
+    assert within is not None and within["a"].mm_type == "middle"
+
+
 def test_layers_that_matter_keep_their_bits() -> None:
     options = options_of([(1, 1, 10), (1, 1, 1000)])
     found = cheapest_within(options, 15)
