@@ -15,10 +15,8 @@ from lightx2v.platform import DeviceInfo
 
 KINDS = {
     "attention": re.compile(r"attend_kernel|attention|flash|fmha|sdpa|(scores|values|channels)_kernel", re.I),
-    "quantization": re.compile(r"^_?(tokens|groups)$|_gelu_rows_kernel|quant", re.I),
-    "linears": re.compile(
-        r"gemm|_rows_kernel|_blocks_kernel|mm$|addmm|scaled_mm|_int_mm|linear|cutlass|matmul|nvjet", re.I
-    ),
+    "quantization": re.compile(r"^_?(tokens|groups)$|quant", re.I),
+    "linears": re.compile(r"gemm|mm$|addmm|scaled_mm|_int_mm|linear|cutlass|matmul|nvjet", re.I),
     "copies": re.compile(r"memcpy|memset|copy_", re.I),
 }
 """The first that a name matches; what matches none is elementwise."""

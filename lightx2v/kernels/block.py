@@ -7,8 +7,6 @@ multiplications and additions: they round once, and so differently in each kerne
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -16,39 +14,12 @@ from torch import Tensor
 
 from lightx2v.kernels.launch import row_warps
 from lightx2v.kernels.quantize import levels_of
-from lightx2v.kernels.rounding import codes_of, factor_of, largest
+from lightx2v.kernels.rows import TYPES, store_row
+from lightx2v.kernels.rows import gelu as gelu_of
 from lightx2v.quant.numerics import CODE_DTYPES
 
-_TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _ELEMENTS = 4096
 """Elements of a program that has no rows."""
-
-
-@triton.jit
-def _store_row(
-    out: tl.tensor,
-    scales: tl.tensor,
-    values: tl.tensor,
-    multiplier: tl.tensor,
-    row: tl.tensor,
-    columns: tl.tensor,
-    WIDTH: tl.tensor,
-    DTYPE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INTEGER: tl.constexpr,
-    MULTIPLIED: tl.constexpr,
-) -> None:
-    """A row of float32 values as DTYPE; as codes with a scale where LEVELS is not 0, times `multiplier` [WIDTH]."""
-    values = values.to(DTYPE)
-    if LEVELS != 0.0:
-        values = values.to(tl.float32)
-        if MULTIPLIED:
-            by = tl.load(multiplier + columns, mask=columns < WIDTH, other=0.0)
-            values = (values * by).to(DTYPE).to(tl.float32)
-        amax = largest(values, 0)
-        tl.store(scales + row, tl.div_rn(amax, LEVELS))
-        values = codes_of(values, factor_of(amax, LEVELS), INTEGER)
-    tl.store(out + row * WIDTH + columns, values, mask=columns < WIDTH)
 
 
 @triton.jit
@@ -111,41 +82,14 @@ def _norm_kernel(
     place = row // TOKENS * stride + columns
     by, plus = tl.load(factor + place, mask=inside, other=0.0), tl.load(offset + place, mask=inside, other=0.0)
     made = centered * spread * by + plus
-    _store_row(out, scales, made, multiplier, row, columns, WIDTH, DTYPE, LEVELS, INTEGER, MULTIPLIED)
-
-
-@triton.jit
-def _gelu(x: tl.tensor) -> tl.tensor:
-    """GELU by tanh (Hendrycks & Gimpel 2016): (1 + tanh(u)) / 2 is the sigmoid of 2 u."""
-    return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def _gelu_rows_kernel(
-    x: tl.tensor,
-    multiplier: tl.tensor,
-    out: tl.tensor,
-    scales: tl.tensor,
-    WIDTH: tl.tensor,
-    stride: tl.tensor,
-    DTYPE: tl.constexpr,
-    LEVELS: tl.constexpr,
-    INTEGER: tl.constexpr,
-    MULTIPLIED: tl.constexpr,
-    BLOCK: tl.constexpr,
-) -> None:
-    """GELU of x [M, WIDTH], quantized by row."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    values = tl.load(x + row * stride + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
-    _store_row(out, scales, _gelu(values), multiplier, row, columns, WIDTH, DTYPE, LEVELS, INTEGER, MULTIPLIED)
+    store_row(out, scales, made, multiplier, row, columns, WIDTH, DTYPE, LEVELS, INTEGER, MULTIPLIED)
 
 
 @triton.jit
 def _gelu_kernel(x: tl.tensor, out: tl.tensor, COUNT: tl.tensor, BLOCK: tl.constexpr) -> None:
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     values = tl.load(x + at, mask=at < COUNT, other=0.0).to(tl.float32)
-    tl.store(out + at, _gelu(values).to(out.dtype.element_ty), mask=at < COUNT)
+    tl.store(out + at, gelu_of(values).to(out.dtype.element_ty), mask=at < COUNT)
 
 
 @triton.jit
@@ -249,32 +193,11 @@ def norm(
     _norm_kernel[(rows,)](
         x, x if y is None else y, gates, factor, offset, x if multiplier is None else multiplier, total, out, scales,
         eps, width, *gate_steps, *steps,
-        ADDED=y is not None, GATED=gate is not None, MULTIPLIED=multiplier is not None, **_form(dtype, kind),
-        BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
-    )  # fmt: skip
-    return total, out, scales
-
-
-def _form(dtype: torch.dtype, kind: str | None) -> dict[str, Any]:
-    return {"DTYPE": _TYPES[dtype], "LEVELS": levels_of(kind) if kind else 0.0, "INTEGER": kind == "int8"}
-
-
-def gelu_codes(x: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
-    """GELU (tanh) of x [M, K], rounded to its dtype, as codes [M, K] of `kind` and scales [M, 1].
-
-    They are of the GELU times `multiplier`, float32 [K], rounded again, where there is one.
-    """
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    rows, width = x.shape
-    codes = torch.empty(rows, width, dtype=CODE_DTYPES[kind], device=x.device)
-    scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(width)
-    _gelu_rows_kernel[(rows,)](
-        x, scales if multiplier is None else multiplier, codes, scales, width, x.stride(0),
-        MULTIPLIED=multiplier is not None, **_form(x.dtype, kind), BLOCK=block,
+        ADDED=y is not None, GATED=gate is not None, MULTIPLIED=multiplier is not None, DTYPE=TYPES[dtype],
+        LEVELS=levels_of(kind) if kind else 0.0, INTEGER=kind == "int8", BLOCK=block,
         num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
-    return codes, scales
+    return total, out, scales
 
 
 def gelu(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightx2v.kernels.launch import row_warps
 from lightx2v.kernels.rounding import codes_of, factor_of, largest
+from lightx2v.kernels.rows import TYPES, gelu, store_row
 from lightx2v.quant.numerics import CODE_DTYPES, FP8_MAX, INT8_MAX, Quantized
 
 GROUP = 128
@@ -26,22 +27,25 @@ def levels_of(dtype: str) -> float:
 @triton.jit
 def _tokens(
     x: tl.tensor,
+    multiplier: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     stride: tl.tensor,
     K: tl.tensor,
+    GELU: tl.constexpr,
+    DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     INTEGER: tl.constexpr,
+    MULTIPLIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """x [M, K] -> codes [M, K], scales [M]. A program has a row, which it reads once."""
+    """x [M, K], or its GELU, -> codes [M, K], scales [M]. A program has a row, which it reads once."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    inside = columns < K
-    values = tl.load(x + row * stride + columns, mask=inside, other=0.0).to(tl.float32)
-    amax = largest(values, 0)
-    tl.store(scales + row, tl.div_rn(amax, LEVELS))
-    tl.store(codes + row * K + columns, codes_of(values, factor_of(amax, LEVELS), INTEGER), mask=inside)
+    values = tl.load(x + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32)
+    if GELU:
+        values = gelu(values)
+    store_row(codes, scales, values, multiplier, row, columns, K, DTYPE, LEVELS, INTEGER, MULTIPLIED)
 
 
 @triton.jit
@@ -68,17 +72,21 @@ def _groups(
     tl.store(codes + row * FILLED + columns, made, mask=columns < FILLED)
 
 
-def quantize_tokens(x: Tensor, dtype: str) -> Quantized:
-    """x [M, K] of any floating dtype -> codes [M, K] of "int8" or "fp8", scales [M, 1] float32."""
+def quantize_tokens(x: Tensor, dtype: str, gelu: bool = False, multiplier: Tensor | None = None) -> Quantized:
+    """x [M, K] of any floating dtype -> codes [M, K] of "int8" or "fp8", scales [M, 1] float32.
+
+    With `gelu` they are of the GELU (tanh) of x, with a float32 `multiplier` [K] of that times it; each is rounded to
+    the dtype of x, as it would be between two passes.
+    """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
     codes = torch.empty(rows, columns, dtype=CODE_DTYPES[dtype], device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     _tokens[(rows,)](
-        x, codes, scales, x.stride(0), columns,
-        LEVELS=levels_of(dtype), INTEGER=dtype == "int8", BLOCK=block,
-        num_warps=row_warps(block), enable_fp_fusion=False,
+        x, scales if multiplier is None else multiplier, codes, scales, x.stride(0), columns,
+        GELU=gelu, DTYPE=TYPES[x.dtype], LEVELS=levels_of(dtype), INTEGER=dtype == "int8",
+        MULTIPLIED=multiplier is not None, BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return Quantized(codes, scales)
 

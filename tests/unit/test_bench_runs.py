@@ -154,7 +154,7 @@ def test_where_the_time_of_a_forward_pass_goes(capsys: pytest.CaptureFixture[str
 
 def test_kernels_are_told_apart_and_gaps_are_what_no_kernel_fills() -> None:
     pieces = [
-        ("_rows_kernel", 0, 4),
+        ("_gemm_kernel", 0, 4),
         ("_attend_kernel", 6, 3),
         ("_tokens", 8, 4),
         ("rms_norm", 13, 1),
@@ -167,7 +167,7 @@ def test_kernels_are_told_apart_and_gaps_are_what_no_kernel_fills() -> None:
 def test_what_of_the_transfers_other_work_hides() -> None:
     pieces = [
         ("Memcpy HtoD (Pinned -> Device)", 0, 4),
-        ("_rows_kernel", 1, 2),
+        ("_gemm_kernel", 1, 2),
         ("_attend_kernel", 2, 1.5),
         ("Memcpy HtoD (Pinned -> Device)", 5, 2),
         ("Memcpy DtoD (Device -> Device)", 6.5, 3),
