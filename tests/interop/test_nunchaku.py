@@ -202,7 +202,7 @@ def put(leaf: str, make: Callable[[Leaves], Tensor]) -> Callable[[Leaves], None]
         (int4, without("smooth_factor"), "lacks 'smooth_factor'"),
         (int4, without("proj_up"), "lacks 'proj_up'"),
         (int4, put("wcscales", lambda leaves: BIAS), "of int4 has a 'wcscales'"),
-        (int4, put("lora_down", lambda leaves: BIAS), "has a 'lora_down'"),
+        (int4, put("lora_alpha", lambda leaves: BIAS), "has a 'lora_alpha'"),
         (int4, put("proj_down", lambda leaves: leaves["proj_down"][:, :8]), r"low-rank branch \[384, 8\]"),
         (int4, put("qweight", lambda leaves: leaves["qweight"][:100]), r"has a 'qweight' I8 \[100, 192\]"),
         (int4, put("wscales", lambda leaves: leaves["wscales"].float()), "has a 'wscales' F32"),
@@ -237,11 +237,12 @@ def test_a_zero_that_no_scale_holds_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("layer", "metadata", "says"),
     [
-        ("transformer_blocks.0.qkv_proj", {}, "'transformer_blocks.0.qkv_proj' is a layer of nunchaku's own"),
-        ("transformer_blocks.0.mlp_fc2", {}, "'transformer_blocks.0.mlp_fc2' is a layer of nunchaku's own"),
-        (LAYER, {"model_class": "NunchakuQwenImageTransformer2DModel"}, "is of NunchakuQwenImageTransformer2DModel"),
+        ("layers.0.attention.to_qkv", {}, "'layers.0.attention.to_qkv' is a layer of nunchaku's own"),
+        (LAYER, {"model_class": "NunchakuZImageTransformer2DModel"}, "is of NunchakuZImageTransformer2DModel"),
     ],
 )
-def test_nunchaku_s_own_models_are_refused(layer: str, metadata: dict[str, str], says: str, tmp_path: Path) -> None:
+def test_other_models_of_nunchaku_s_own_are_refused(
+    layer: str, metadata: dict[str, str], says: str, tmp_path: Path
+) -> None:
     with pytest.raises(CheckpointError, match=says):
         opened(tmp_path, int4(), layer, metadata)

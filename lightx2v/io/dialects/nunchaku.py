@@ -1,67 +1,17 @@
-"""SVDQuant's layers in nunchaku's order (https://github.com/nunchaku-tech/nunchaku), under a model's own names.
+"""SVDQuant's layers in nunchaku's order (https://github.com/nunchaku-tech/nunchaku).
 
-diffusers loads such files as `nunchaku_lite`. Rows N and columns K are multiples of 128, ranks R of 16:
-
-    qweight                int8 [N, K / 2]: codes of 4 bits, two's complement or e2m1, in the fragments of m16n8k64
-    wscales                16-bit floats [K / 64, N], or e4m3 [K / 16, N] of nvfp4
-    wcscales, wtscale      of nvfp4: further factors, per row [N] and of the tensor [1]
-    smooth_factor          [K]: the input is divided by it and quantized
-    proj_down, proj_up     [K, R], [N, R]: the low-rank branch of the input itself
-    bias                   [N], in the order of scales
-    qweight, wscales, wzeros   int32 [N / 4, K / 2] and [K / 64, N]: AWQ; value = code * scale + zero
-
-The orders are those of `NunchakuWeightPacker` and `pack_w4` (https://github.com/nunchaku-tech/deepcompressor).
+Under a model's own names, as diffusers loads them as `nunchaku_lite`, and of the models that nunchaku itself has:
+`nunchaku_models` takes these apart. `nunchaku_packed` says what the tensors of a layer are.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
-
-from lightx2v.errors import CheckpointError
-from lightx2v.io.derived import Given, Made
 from lightx2v.io.dialects.base import Found, Translation
-from lightx2v.quant.packing import pack4, swizzle, swizzled_shape
+from lightx2v.io.dialects.nunchaku_models import model_of
+from lightx2v.io.dialects.nunchaku_packed import CODES, DO, PackedLayer
 
-_CODES = "qweight"
-_LEAVES = (
-    *(_CODES, "wscales", "wcscales", "wtscale", "bias"),
-    *("smooth_factor", "smooth_factor_orig", "proj_down", "proj_up"),
-)
-_AWQ_LEAVES = (_CODES, "wscales", "wzeros", "bias")
-_TILE, _RANKS, _GROUP, _BLOCK = 128, 16, 64, 16
-_FLOATS = ("F16", "BF16")
-_FUSED = (
-    *("qkv_proj", "qkv_proj_context", "out_proj_context", "to_qkv", "to_added_qkv", "add_qkv_proj"),
-    *("mlp_fc1", "mlp_fc2", "mlp_context_fc1", "mlp_context_fc2"),
-)
+_FUSED = ("qkv_proj", "to_qkv", "add_qkv_proj", "to_added_qkv", "mlp_fc1", "mlp_fc2")
 """Layers of nunchaku's own models, which are not those of the model that was quantized."""
-_DO = "make the weights here: calibration with smooth 'svdquant' of the unquantized model"
-
-
-class _Order(NamedTuple):
-    """How a tensor is stored: the sizes of the indices within a tile, and the order of all in rows and columns."""
-
-    sizes: tuple[int, ...]
-    order: tuple[int, ...]
-
-    def plain(self, stored: Tensor, outer: Sequence[int], shape: tuple[int, int]) -> Tensor:
-        """`stored` in rows and columns. `outer` are the counts of tiles, which come first."""
-        return stored.reshape(*outer, *self.sizes).permute(self.order).reshape(shape)
-
-
-# Lanes of a warp hold 8 rows times 4 runs of columns; the indices after the tiles are in the order of the memory.
-_PACKED = _Order((8, 8, 4, 2, 2, 4), (0, 2, 5, 3, 1, 6, 4, 7))
-_SCALES = _Order((8, 4, 2, 2), (0, 2, 4, 3, 5, 1))
-_MICRO_SCALES = _Order((8, 4, 4, 4), (0, 4, 3, 2, 1, 5))
-_DOWN = _Order((8, 4, 2, 2, 2), (1, 4, 2, 0, 5, 3, 6))
-_UP = _Order((8, 4, 2, 2, 2), (0, 4, 2, 1, 5, 3, 6))
-_AWQ = _Order((4, 2, 8, 4), (0, 2, 1, 3, 5, 4))
 
 
 class Nunchaku:
@@ -69,196 +19,34 @@ class Nunchaku:
 
     def detect(self, found: Found) -> bool:
         """From what no other package has beside a `qweight`."""
-        layers = found.ending(f".{_CODES}")
+        layers = found.ending(f".{CODES}")
         return any(f"{layer}.{leaf}" in found.tensors for layer in layers for leaf in ("wscales", "smooth_factor"))
 
     def translate(self, found: Found) -> Translation:
-        """W4A4 of int4 and nvfp4, and AWQ's W4A16, layer by layer. nunchaku's own models are refused."""
+        """W4A4 of int4 and nvfp4, and AWQ's W4A16, layer by layer; of nunchaku's own models FLUX and Qwen-Image."""
+        layers = found.ending(f".{CODES}")
+        translation = Translation(found)
+        own = model_of(found, layers)
+        if own is not None:
+            own(translation)
+            return translation
         model = found.checkpoint.metadata.get("model_class", "")
-        layers = found.ending(f".{_CODES}")
         fused = next((layer for layer in layers if layer.rpartition(".")[2] in _FUSED), None)
         if fused is not None or model.startswith("Nunchaku"):
             what = f"'{fused}' is a layer" if fused is not None else f"'{layers[0]}' is of {model}, a model"
             raise found.refuse(
-                f"{what} of nunchaku's own: it puts projections together, orders rows of modulations anew, and shifts"
-                " the inputs of FLUX's second linears of the MLP",
-                "layers under the names of the model, as diffusers' nunchaku_lite",
-                _DO,
+                f"{what} of nunchaku's own: it puts projections together and orders rows of modulations anew",
+                "layers under the names of the model, as diffusers' nunchaku_lite; nunchaku's FLUX.1 and Qwen-Image",
+                DO,
             )
-        translation = Translation(found)
         for layer in layers:
-            _Layer(translation, layer).add()
+            packed = PackedLayer(found, layer)
+            linear = packed.read()
+            translation.take(*packed.names)
+            translation.layer(layer, linear.mm_type, linear.leaves, linear.n, linear.k)
+            if linear.bias is not None:
+                translation.add(f"{layer}.bias", linear.bias)
         return translation
 
 
 DIALECT = Nunchaku()
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One quantized linear."""
-
-    translation: Translation
-    layer: str
-
-    @property
-    def found(self) -> Found:
-        return self.translation.found
-
-    def refuse(self, what: str, allowed: str = "") -> CheckpointError:
-        return self.found.refuse(f"'{self.layer}' {what}", allowed, _DO)
-
-    def has(self, leaf: str) -> bool:
-        return f"{self.layer}.{leaf}" in self.found.tensors
-
-    def name(self, leaf: str, shape: tuple[int, ...], dtypes: Sequence[str] = _FLOATS) -> str:
-        """The tensor of a leaf, once it is seen that it has that shape and one of the dtypes."""
-        if not self.has(leaf):
-            raise self.refuse(f"lacks '{leaf}'")
-        info = self.found.tensors[f"{self.layer}.{leaf}"]
-        if info.shape != shape or info.dtype not in dtypes:
-            wanted = f"{' or '.join(dtypes)} {list(shape)}"
-            raise self.refuse(f"has a '{leaf}' {info.dtype} {list(info.shape)}", wanted)
-        return info.name
-
-    def add(self) -> None:
-        """Put it into the translation."""
-        prefix = f"{self.layer}."
-        leaves = [name.removeprefix(prefix) for name in self.found.tensors if name.startswith(prefix)]
-        info = self.found.tensors[f"{prefix}{_CODES}"]
-        known = _AWQ_LEAVES if info.dtype == "I32" else _LEAVES
-        if unknown := [leaf for leaf in leaves if leaf not in known]:
-            raise self.refuse(f"has a '{unknown[0]}'", ", ".join(known))
-        if info.dtype == "I32" and len(info.shape) == 2:
-            self._awq(4 * info.shape[0], 2 * info.shape[1])
-            return
-        n, k = (info.shape[0], 2 * info.shape[1]) if len(info.shape) == 2 else (0, 0)
-        if info.dtype != "I8" or n % _TILE or k % _TILE or not n * k:
-            raise self.refuse(
-                f"has a '{_CODES}' {info.dtype} {list(info.shape)}", "I8 [N, K / 2] or I32 [N / 4, K / 2], N and K 128n"
-            )
-        kind = self.found.tensors[f"{prefix}wscales"].dtype if self.has("wscales") else "no scale"
-        mm_type, made = ("nvfp4", self._nvfp4(n, k)) if kind == "F8_E4M3" else ("int4-w4a4", self._int4(n, k))
-        self.translation.take(*(f"{prefix}{leaf}" for leaf in leaves))
-        self.translation.layer(self.layer, mm_type, {**made, **self._around(n, k)}, n, k)
-        if self.has("bias"):
-            self.translation.add(f"{prefix}bias", self._channels("bias", n))
-
-    def _codes(self, n: int, k: int, flip: int) -> Made:
-        name = f"{self.layer}.{_CODES}"
-
-        def make(given: Given) -> Tensor:
-            tiles = (n // _TILE, k // _GROUP)
-            return _PACKED.plain(given[name].contiguous().view(torch.uint8), tiles, (n, k // 2)) ^ flip
-
-        return Made((name,), make, "U8", (n, k // 2))
-
-    def _int4(self, n: int, k: int) -> dict[str, Made]:
-        if other := [leaf for leaf in ("wcscales", "wtscale") if self.has(leaf)]:
-            raise self.refuse(f"of int4 has a '{other[0]}'")
-        groups = k // _GROUP
-        scale = self.name("wscales", (groups, n))
-
-        def scales(given: Given) -> Tensor:
-            return _SCALES.plain(given[scale].float(), (n // _TILE, groups), (n, groups))
-
-        # Codes are from -8 there and from 0 here: the sign of both in a byte turns.
-        return {"weight": self._codes(n, k, 0x88), "weight_scale": Made((scale,), scales, "F32", (n, groups))}
-
-    def _nvfp4(self, n: int, k: int) -> dict[str, Made]:
-        groups = k // _BLOCK
-        scale = self.name("wscales", (groups, n), ("F8_E4M3",))
-        of_rows = (self.name("wcscales", (n,)),) if self.has("wcscales") else ()
-        whole = (self._scalar("wtscale"),) if self.has("wtscale") else ()
-
-        def scales(given: Given) -> Tensor:
-            stored = given[scale].contiguous().view(torch.uint8)
-            plain = _MICRO_SCALES.plain(stored, (n // _TILE, k // _GROUP), (n, groups))
-            return swizzle(plain.contiguous().view(torch.float8_e4m3fn))
-
-        def divisor(given: Given) -> Tensor:
-            factor = torch.ones((), dtype=torch.float64)
-            for name in (*of_rows, *whole):
-                values = given[name].double().flatten()
-                if bool((values != values[0]).any()):
-                    raise self.refuse("has 'wcscales' that differ between rows", "one factor for all, as of one linear")
-                factor = factor * values[0]
-            return factor.reciprocal().float()
-
-        one = torch.ones(())
-        return {
-            "weight": self._codes(n, k, 0),
-            "weight_scale": Made((scale,), scales, "F8_E4M3", swizzled_shape(n, groups)),
-            "weight_global_scale": Made((*of_rows, *whole), divisor, "F32", ()),
-            "input_global_scale": Made((), lambda given: one, "F32", ()),
-        }
-
-    def _scalar(self, leaf: str) -> str:
-        name = f"{self.layer}.{leaf}"
-        if math.prod(shape := self.found.tensors[name].shape) != 1:
-            raise self.refuse(f"has a '{leaf}' {list(shape)}", "one number")
-        return name
-
-    def _channels(self, leaf: str, size: int) -> Made:
-        """A vector over rows or columns, in its own dtype."""
-        name = self.name(leaf, (size,))
-
-        def make(given: Given) -> Tensor:
-            return _SCALES.plain(given[name], (size // _TILE, 1), (size, 1)).reshape(size)
-
-        return Made((name,), make, self.found.tensors[name].dtype, (size,))
-
-    def _around(self, n: int, k: int) -> dict[str, Made]:
-        smooth = self._channels("smooth_factor", k)
-        made = {
-            "input_multiplier": smooth._replace(make=lambda given: smooth.make(given).float().reciprocal(), dtype="F32")
-        }
-        if not self.has("proj_down") and not self.has("proj_up"):
-            return made
-        shape = self.found.tensors[f"{self.layer}.proj_{'down' if self.has('proj_down') else 'up'}"].shape
-        ranks = shape[-1] if shape and shape[-1] % _RANKS == 0 else 0
-        if not ranks:
-            raise self.refuse(f"has a low-rank branch {list(shape)}", "multiples of 16 ranks")
-        down, up = self.name("proj_down", (k, ranks)), self.name("proj_up", (n, ranks))
-        tiles = ranks // _RANKS
-
-        def narrow(given: Given) -> Tensor:
-            return _DOWN.plain(given[down], (k // _RANKS, tiles), (ranks, k))
-
-        def wide(given: Given) -> Tensor:
-            return _UP.plain(given[up], (n // _RANKS, tiles), (n, ranks))
-
-        made["lowrank_down"] = Made((down,), narrow, self.found.tensors[down].dtype, (ranks, k))
-        made["lowrank_up"] = Made((up,), wide, self.found.tensors[up].dtype, (n, ranks))
-        return made
-
-    def _awq(self, n: int, k: int) -> None:
-        groups = k // _GROUP
-        stored = self.found.tensors[f"{self.layer}.wscales"].shape if self.has("wscales") else (groups, n)
-        if k % _GROUP or len(stored) != 2 or stored[0] < groups:
-            raise self.refuse(f"has 'wscales' {list(stored)} for a weight {[n, k]}", f"groups of {_GROUP} in columns")
-        # Groups beyond those of the columns are zeros that fill up.
-        scale, zero = self.name("wscales", (stored[0], n)), self.name("wzeros", (stored[0], n))
-        packed = f"{self.layer}.{_CODES}"
-
-        def codes(given: Given) -> Tensor:
-            # Four codes, 8 columns apart, are in a word of 16 bits, the first in the lowest.
-            words = given[packed].contiguous().view(torch.int16).unsqueeze(-1)
-            each = ((words >> torch.arange(0, 16, 4, dtype=torch.int16)) & 15).to(torch.uint8)
-            return pack4(_AWQ.plain(each, (n // 4, k // _GROUP), (n, k)))
-
-        def scales(given: Given) -> Tensor:
-            return given[scale].float()[:groups].t()
-
-        def zeros(given: Given) -> Tensor:
-            over, shift = scales(given), given[zero].float()[:groups].t()
-            if bool(((over == 0) & (shift != 0)).any()):
-                raise self.refuse("has a 'wscales' of 0 under a 'wzeros' that is not")
-            return torch.where(over == 0, 0, -shift / over)
-
-        leaves = {
-            "weight": Made((packed,), codes, "U8", (n, k // 2)),
-            "weight_scale": Made((scale,), scales, "F32", (n, groups)),
-            "weight_zero": Made((scale, zero), zeros, "F32", (n, groups)),
-        }
-        self.translation.layer(self.layer, "int4-g64-asym", leaves, n, k)

@@ -66,6 +66,12 @@ XLABS: Mapping[str, tuple[str, int | None]] = {
 }
 """Layers of a block that XLabs' LoRAs name in their own way, and how many times the width they have of its rows."""
 
+_WHOLE: Mapping[str, Mapping[str, str]] = {
+    "double_blocks": {"attn.to_qkv": "img_attn.qkv", "attn.to_added_qkv": "txt_attn.qkv"},
+    "single_blocks": {"attn.to_qkv_mlp_proj": "linear1"},
+}
+"""Names in the manner of diffusers of layers that it has apart, put together; `io.dialects` gives some."""
+
 _BLOCKS = {"double_blocks": ("transformer_blocks", DOUBLE), "single_blocks": ("single_transformer_blocks", SINGLE)}
 
 
@@ -84,7 +90,10 @@ def _invert(names: Mapping[str, tuple[str, ...]]) -> dict[str, Part]:
 
 
 _TOP_BACK = _invert(TOP)
-_BLOCKS_BACK = {other: (original, _invert(names)) for original, (other, names) in _BLOCKS.items()}
+_BLOCKS_BACK = {
+    other: (original, _invert(names) | {whole: Part(layer) for whole, layer in _WHOLE[original].items()})
+    for original, (other, names) in _BLOCKS.items()
+}
 
 
 def part_of(name: str) -> Part:
