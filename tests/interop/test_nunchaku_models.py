@@ -140,7 +140,7 @@ def test_two_smoothings_of_one_layer_are_refused(flux: tuple[Path, dict[str, Ten
     root = stored.model_dir(flux[0], tmp_path)
     name = "single_transformer_blocks.0.mlp_fc1.smooth"
     stored.edit(root, lambda tensors, metadata, config: tensors.update({name: 2 * tensors[name]}))
-    with pytest.raises(CheckpointError, match="a smoothing of its own for each"):
+    with pytest.raises(CheckpointError, match="qkv_proj' has a smoothing of its own for each"):
         stored.load(root)
 
 
