@@ -103,6 +103,9 @@ def kernels(fp8: bool) -> None:
     heads = torch.empty(1, 1024, 4, 128, dtype=torch.bfloat16)
     for eight in (True, False) if fp8 else (False,):
         ops.attention(heads, heads, heads, 0.1, eight)
+    wide, turn = half[..., :512], torch.empty(256, 64)
+    values = wide.unflatten(2, (4, 128))
+    ops.attention_turned(wide, wide, values, table[0, 0, :512], table[0, 0, :512], turn, turn, 1e-6, 0.1, fp8)
 
 
 def main() -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for tests.gpu.checks
 
@@ -97,6 +100,34 @@ def quantizers(bench: Bench) -> Iterator[Row]:
         yield Row(
             "quantize", name, moved / taken / 1e9, "GB/s", moved / taken / bench.top.bytes_per_s, "85 % of a copy"
         )
+    heads = max(1, sizes.weights[0][1] // sizes.head_dim)
+    q = torch.randn(1, sizes.rows, heads, sizes.head_dim, device=x.device).bfloat16()
+    for name, turn in turned(q).items():
+        yield Row("quantize", name, 1e3 * bench.seconds(lambda turn=turn: turn()[1]), "ms")
+
+
+def turned(q: Tensor) -> dict[str, Callable[[], Any]]:
+    """Norm, rotation and codes of queries and of keys [B, L, H, Dh]: in as few passes as there are, and apart."""
+    from lightx2v.kernels import block, ops
+    from lightx2v.kernels.attention_codes import KEYS, QUERIES, Turn, scores_codes
+
+    flat, width = q.flatten(2), q.shape[2] * q.shape[3]
+    turn, weight = torch.ones(q.shape[1], q.shape[3] // 2, device=q.device), torch.ones(width, device=q.device)
+
+    def together(size: int, smooth: bool) -> Any:
+        turn_ = Turn(block.rms_spread(flat, width, 1e-6), weight, turn, turn)
+        return scores_codes(q, size, smooth, turn_)
+
+    def apart(size: int, smooth: bool) -> Any:
+        made = ops.rms_rope(flat, weight, turn, turn, q.shape[2], 1e-6)
+        return scores_codes(made.view(q.shape), size, smooth)
+
+    return {
+        "Q: norm and rotation in the pass of the codes": partial(together, QUERIES, False),
+        "Q: norm and rotation apart": partial(apart, QUERIES, False),
+        "K: norm and rotation in the passes of the codes": partial(together, KEYS, True),
+        "K: norm and rotation apart": partial(apart, KEYS, True),
+    }
 
 
 def attentions(bench: Bench) -> Iterator[Row]:

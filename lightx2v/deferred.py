@@ -1,9 +1,10 @@
-"""The residual stream and its norms inside a block, computed when they are read.
+"""The residual stream, its norms, and queries and keys inside a block, computed when they are read.
 
 A branch begins with a norm of the stream and ends with an addition to it. In which form the norm is wanted is known
 where it is read: a product of 8-bit codes takes codes, every other layer a tensor. So sums and norms wait for their
-reader, and one pass adds, norms and quantizes. Where the device has no kernel that does, and under torch.compile,
-which makes such kernels itself, the functions here give tensors at once.
+reader, and one pass adds, norms and quantizes; and so do the norm and rotation in front of an attention. Where the
+device has no kernel that does, and under torch.compile, which makes such kernels itself, the functions here give
+tensors at once.
 
 Shapes: B batch, L tokens, D width.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lightx2v import elementwise
+from lightx2v.elementwise import Rope
 from lightx2v.quant.numerics import Quantized
 
 
@@ -68,11 +70,26 @@ class Normed:
         return Quantized(*made)
 
 
+class Turned:
+    """Queries or keys: x [B, L, D] normed by `weight`, [D] or [Dh], and rotated by `rope`; [B, L, H, Dh] in its dtype.
+
+    An attention of 8-bit codes takes them in the pass that makes its codes.
+    """
+
+    def __init__(self, x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Rope | None) -> None:
+        self.x, self.weight, self.eps, self.heads, self.rope = x, weight, eps, heads, rope
+
+    def tensor(self) -> Tensor:
+        """The queries or keys."""
+        return elementwise.norm_rope(self.x, self.weight, self.eps, self.heads, self.rope)
+
+
 Residual = Tensor | Sum
 Tokens = Tensor | Normed
+Heads = Tensor | Turned
 
 
-def tensor_of(x: Tensor | Sum | Normed) -> Tensor:
+def tensor_of(x: Tensor | Sum | Normed | Turned) -> Tensor:
     """x as a tensor."""
     return x if isinstance(x, Tensor) else x.tensor()
 
@@ -99,6 +116,14 @@ def modulated_norm(x: Residual, shift: Tensor, scale: Tensor, eps: float, dtype:
     if kernels is not None:
         return Normed(x, 1 + scale, shift, eps, dtype, kernels)
     return elementwise.modulated_norm(tensor_of(x), shift, scale, eps, dtype)
+
+
+def norm_rope(x: Tensor, weight: Tensor | None, eps: float, heads: int, rope: Rope | None) -> Heads:
+    """As `elementwise.norm_rope`: RMS norm of x [B, L, D], then the rotary embedding of each head."""
+    weight = None if weight is None else weight.float()
+    if hasattr(elementwise.kernels_for(x, x.dtype, weight), "attention_turned"):
+        return Turned(x, weight, eps, heads, rope)
+    return elementwise.norm_rope(x, weight, eps, heads, rope)
 
 
 def _like(x: Residual) -> Tensor:

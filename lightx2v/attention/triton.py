@@ -13,6 +13,8 @@ from torch import Tensor
 from lightx2v.attention.base import Backend
 from lightx2v.attention.hardware import NEWEST, nvidia
 from lightx2v.attention.kernel import maskless
+from lightx2v.attention.turned import TurningFn, turns
+from lightx2v.deferred import Turned
 from lightx2v.platform import install_hint, probe
 
 if TYPE_CHECKING:
@@ -33,6 +35,22 @@ def triton_8bit_fp16(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     from lightx2v.kernels import ops
 
     return ops.attention(q, k, v, scale, False)
+
+
+def _turning(eight: bool) -> TurningFn:
+    def attend(q: Turned, k: Turned, v: Tensor) -> Tensor:
+        from lightx2v.kernels import ops
+
+        cosines, sines = (None, None) if q.rope is None else (table.flatten(1) for table in q.rope)
+        scale = v.shape[-1] ** -0.5
+        made: Tensor = ops.attention_turned(q.x, k.x, v, q.weight, k.weight, cosines, sines, q.eps, scale, eight)
+        return made
+
+    return attend
+
+
+turns(triton_8bit, _turning(True))
+turns(triton_8bit_fp16, _turning(False))
 
 
 def missing(device: DeviceInfo) -> str | None:

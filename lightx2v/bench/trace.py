@@ -14,7 +14,7 @@ import torch
 from lightx2v.platform import DeviceInfo
 
 KINDS = {
-    "attention": re.compile(r"attend_kernel|attention|flash|fmha|sdpa|(scores|values|channels)_kernel", re.I),
+    "attention": re.compile(r"attend_kernel|attention|flash|fmha|sdpa|(scores|values|channels|spread)_kernel", re.I),
     "quantization": re.compile(r"^_?(tokens|groups)$|quant", re.I),
     "linears": re.compile(r"gemm|mm$|addmm|scaled_mm|_int_mm|linear|cutlass|matmul|nvjet", re.I),
     "copies": re.compile(r"memcpy|memset|copy_", re.I),

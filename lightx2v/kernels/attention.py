@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightx2v.kernels.attention_codes import KEYS, QUERIES, scores_codes, values_codes
+from lightx2v.kernels.attention_codes import KEYS, QUERIES, Turn, scores_codes, values_codes
 from lightx2v.kernels.launch import copies_tensors
 from lightx2v.kernels.tiles import Tile
 
@@ -155,9 +155,11 @@ def _sources(q: Tensor, k: Tensor, v: Tensor, eight: bool, tile: Tile) -> tuple[
 Codes = tuple[Tensor, Tensor]
 
 
-def encode(q: Tensor, k: Tensor, v: Tensor, eight: bool) -> tuple[Codes, Codes, Codes]:
-    """Codes and scales of q [B, L, H, Dh] and of k and v [B, S, H, Dh], K smoothed."""
-    return scores_codes(q, QUERIES, smooth=False), scores_codes(k, KEYS, smooth=True), values_codes(v, eight)
+def encode(
+    q: Tensor, k: Tensor, v: Tensor, eight: bool, q_turn: Turn | None = None, k_turn: Turn | None = None
+) -> tuple[Codes, Codes, Codes]:
+    """Codes and scales of q [B, L, H, Dh] and of k and v [B, S, H, Dh], K smoothed; q and k after their turns."""
+    return scores_codes(q, QUERIES, False, q_turn), scores_codes(k, KEYS, True, k_turn), values_codes(v, eight)
 
 
 def attend(q: Codes, k: Codes, v: Codes, like: Tensor, keys: int, scale: float, eight: bool, tile: Tile) -> Tensor:

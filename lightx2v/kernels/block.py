@@ -112,6 +112,31 @@ def _gated_kernel(
 
 
 @triton.jit
+def _spread(even: tl.tensor, odd: tl.tensor, NORMED: tl.tensor, eps: tl.tensor) -> tl.tensor:
+    """What a row, or a part of one, of NORMED pairs is multiplied with to have a root mean square of 1."""
+    return tl.rsqrt(tl.sum(even * even + odd * odd, 0) / (2 * NORMED) + eps)
+
+
+@triton.jit
+def _spread_kernel(
+    x: tl.tensor,
+    out: tl.tensor,
+    eps: tl.tensor,
+    NORMED: tl.tensor,
+    stride: tl.tensor,
+    parts: tl.tensor,
+    BLOCK: tl.constexpr,
+) -> None:
+    """out [M, parts]: that of each row, or of each part."""
+    program = tl.program_id(0).to(tl.int64)
+    pairs = tl.arange(0, BLOCK)
+    columns = ((program % parts) * NORMED + pairs)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    at = x + program // parts * stride + columns
+    even, odd = tl.split(tl.load(at, mask=(pairs < NORMED)[:, None], other=0.0).to(tl.float32))
+    tl.store(out + program, _spread(even, odd, NORMED, eps))
+
+
+@triton.jit
 def _rope_kernel(
     x: tl.tensor,
     weight: tl.tensor,
@@ -138,7 +163,7 @@ def _rope_kernel(
     values = tl.load(x + row * stride + columns, mask=inside[:, None], other=0.0).to(tl.float32)
     even, odd = tl.split(values)
     if HAS_NORM:
-        spread = tl.rsqrt(tl.sum(even * even + odd * odd, 0) / (2 * NORMED) + eps)
+        spread = _spread(even, odd, NORMED, eps)
         at = (pairs % NORMED)[:, None] * 2 + tl.arange(0, 2)[None, :]
         left, right = tl.split(tl.load(weight + at, mask=inside[:, None], other=0.0))
         even, odd = even * spread * left, odd * spread * right
@@ -224,13 +249,32 @@ def add_gated(x: Tensor, y: Tensor, gate: Tensor | None) -> Tensor:
     return out
 
 
+def _even_rows(x: Tensor) -> Tensor:
+    """x [B, L, D] with rows that are all as far apart."""
+    batch, tokens, _ = x.shape
+    uneven = x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1))
+    return x.contiguous() if uneven else x
+
+
+def rms_spread(x: Tensor, normed: int, eps: float) -> Tensor:
+    """What an RMS norm of `normed` channels at a time multiplies with: x [B, L, D] -> float32 [B * L, D / normed]."""
+    x = _even_rows(x)
+    batch, tokens, width = x.shape
+    out = torch.empty(batch * tokens, width // normed, dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(normed // 2)
+    _spread_kernel[(out.numel(),)](
+        x, out, eps, normed // 2, x.stride(1), out.shape[1],
+        BLOCK=block, num_warps=row_warps(2 * block), enable_fp_fusion=False,
+    )  # fmt: skip
+    return out
+
+
 def rms_rope(
     x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, heads: int, eps: float
 ) -> Tensor:
     """RMS norm of x [B, L, D] over the width of `weight`, then the rotary embedding of each head, as dtype of x."""
+    x = _even_rows(x)
     batch, tokens, width = x.shape
-    if x.stride(2) != 1 or (batch > 1 and x.stride(0) != tokens * x.stride(1)):
-        x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     normed = (width if weight is None else weight.shape[0]) // 2
     parts = width // (2 * normed)

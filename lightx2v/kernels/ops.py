@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.kernels import attention as attend
-from lightx2v.kernels import block, gemm, quantize, tiles
+from lightx2v.kernels import attention_codes, block, gemm, quantize, tiles
 from lightx2v.kernels.interpreter import mend
 from lightx2v.operators import operator
 from lightx2v.quant.numerics import CODE_DTYPES
@@ -95,14 +95,49 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, eight: bool) -> Ten
 
     `eight`: P and V in e4m3, else in float16.
     """
+    return _attention(attend.encode(q, k, v, eight), q, k.shape[1], scale, eight)
+
+
+def _attention(
+    codes: tuple[attend.Codes, attend.Codes, attend.Codes], q: Tensor, keys: int, scale: float, eight: bool
+) -> Tensor:
     batch, queries, heads, dim = q.shape
-    codes = attend.encode(q, k, v, eight)
-    key = tiles.key_of(f"attention of {batch * heads} heads, eight {eight}", queries, k.shape[1], dim, q.device)
+    key = tiles.key_of(f"attention of {batch * heads} heads, eight {eight}", queries, keys, dim, q.device)
 
     def run(tile: tiles.Tile) -> Tensor:
-        return attend.attend(*codes, q, k.shape[1], scale, eight, tile)
+        return attend.attend(*codes, q, keys, scale, eight, tile)
 
     return run(tiles.fastest(key, tiles.attention_candidates(q.device), run, q.device))
+
+
+def _turn(
+    x: Tensor, weight: Tensor | None, cosines: Tensor | None, sines: Tensor | None, eps: float
+) -> attention_codes.Turn:
+    spread = None if weight is None else block.rms_spread(x, weight.shape[0], eps)
+    tables = (None if table is None else table.contiguous() for table in (weight, cosines, sines))
+    return attention_codes.Turn(spread, *tables)
+
+
+@kernel(lambda q, k, v, *_: q.new_empty(*q.shape[:2], *v.shape[2:]))
+def attention_turned(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cosines: Tensor | None,
+    sines: Tensor | None,
+    eps: float,
+    scale: float,
+    eight: bool,
+) -> Tensor:
+    """`rms_rope` of q and k [B, L, D], then `attention`, bit for bit, with neither written in between; v [B, L, H, Dh].
+
+    The weights are float32 [D] or [Dh], cosines and sines [L, Dh / 2].
+    """
+    turns = (_turn(x, weight, cosines, sines, eps) for x, weight in ((q, q_weight), (k, k_weight)))
+    q, k = (x.unflatten(2, v.shape[2:]) for x in (q, k))
+    return _attention(attend.encode(q, k, v, eight, *turns), q, k.shape[1], scale, eight)
 
 
 def _norm(x: Tensor, factor: Tensor, offset: Tensor, eps: float, dtype: torch.dtype) -> Tensor:

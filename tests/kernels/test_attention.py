@@ -55,6 +55,30 @@ def test_any_shape_is_near_its_reference(
     assert distance(got, exact(q, k, v)) <= 0.06
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("of", ["width", "heads", "none"])
+@pytest.mark.parametrize("rotated", [True, False])
+def test_norm_and_rotation_in_the_pass_of_the_codes(
+    rotated: bool, of: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    batch, tokens, heads, dim = 2, 70, 2, 64
+    generator = torch.Generator().manual_seed(1)
+    qkv = torch.randn(batch, tokens, 3 * heads * dim, generator=generator).to(dtype).to(device)
+    q, k, v = qkv.chunk(3, dim=-1)  # views, as of projections that were made together
+    k[..., ::16] += 30
+    v = v.unflatten(2, (heads, dim))
+    width = {"width": heads * dim, "heads": dim, "none": 0}[of]
+    weights = [torch.randn(width, generator=generator).to(device) if width else None for _ in range(2)]
+    angle = torch.randn(tokens, dim // 2, generator=generator).to(device)
+    tables = (angle.cos(), angle.sin()) if rotated else (None, None)
+    got = ops.attention_turned(q, k, v, *weights, *tables, 1e-6, 0.125, True)
+    turned = [
+        ops.rms_rope(x, w, *tables, heads, 1e-6).unflatten(2, (heads, dim))
+        for x, w in zip((q, k), weights, strict=True)
+    ]
+    assert got.shape == v.shape and torch.equal(got, ops.attention(*turned, v, 0.125, True))
+
+
 @pytest.mark.parametrize("descriptors", [True, False])
 @pytest.mark.parametrize(("block_m", "block_n"), [(128, 64), (64, 128), (128, 128)])
 @pytest.mark.parametrize("eight", [True, False])

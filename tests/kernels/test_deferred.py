@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lightx2v import deferred, elementwise
+from lightx2v.attention import turned
+from lightx2v.attention.base import ATTENTION
 from lightx2v.kernels import ops
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import QuantLinear
@@ -17,13 +20,14 @@ from lightx2v.mm.lowrank import LowRankLinear
 from lightx2v.mm.scheme import parse
 from lightx2v.mm.together import feed_forward, project
 from lightx2v.models.flux.arch import FluxArch
-from lightx2v.models.flux.dit import DoubleBlock
+from lightx2v.models.flux.dit import DoubleBlock, SingleBlock
 from lightx2v.models.flux.dit import rope_table as flux_rope
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import Block, rope_table
 
 WAN = WanArch(dim=64, ffn_dim=96, num_heads=2, num_layers=1, freq_dim=32, text_dim=24, model_type="t2v")
 PASSES = ("add_gated", "layer_norm", "layer_norm_codes", "sum_norm", "sum_norm_codes", "gelu_codes", "gelu_tanh")
+ATTENDING = ("rms_rope", "attention_turned")
 Leaves = Callable[[int, int], dict[str, Tensor]]
 Change = Callable[[nn.Module], None]
 
@@ -45,7 +49,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
         return run
 
-    for name in PASSES:
+    for name in (*PASSES, *ATTENDING):
         monkeypatch.setattr(ops, name, counted(name, getattr(ops, name)))
     return counts
 
@@ -64,26 +68,32 @@ def quantize(model: nn.Module, mm_type: str, dtype: torch.dtype, more: Leaves = 
             setattr(model.get_submodule(parent), child, made)
 
 
-def both(run: Callable[[], tuple[Tensor, ...]], passes: Counter[str], monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+def both(
+    run: Callable[[], tuple[Tensor, ...]],
+    passes: Counter[str],
+    monkeypatch: pytest.MonkeyPatch,
+    attending: bool = False,
+) -> Counter[str]:
     """Assert that deferred and undeferred computation agree bit for bit; the passes of the deferred one."""
     with torch.no_grad():
         together = run()
-        counted = Counter(passes)
+        counted = Counter({name: count for name, count in passes.items() if name in PASSES or attending})
         with monkeypatch.context() as patch:
             patch.setattr(deferred, "_kernels", lambda *_: None)
+            patch.setattr(turned, "_TURNING", {})
             apart = run()
     assert all(torch.equal(one, other) for one, other in zip(together, apart, strict=True))
     return counted
 
 
-def wan_block(device: torch.device) -> tuple[Block, Callable[[], tuple[Tensor, ...]]]:
+def wan_block(device: torch.device, arch: WanArch = WAN) -> tuple[Block, Callable[[], tuple[Tensor, ...]]]:
     """A block with random weights, and what it makes of random tokens."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        block = Block(WAN, 0).to(device).eval()
-    rope = tuple(table.to(device) for table in rope_table(WAN.head_dim, (1, 2, 3)))
-    x, time = normal(2, 6, 64, seed=1).to(device), normal(1, 6, 64, seed=2).to(device)
-    text = tuple(normal(2, 4, 2, 32, seed=seed).bfloat16().to(device) for seed in (3, 4))
+        block = Block(arch, 0).to(device).eval()
+    rope = tuple(table.to(device) for table in rope_table(arch.head_dim, (1, 2, 3)))
+    x, time = normal(2, 6, arch.dim, seed=1).to(device), normal(1, 6, arch.dim, seed=2).to(device)
+    text = tuple(normal(2, 4, 2, arch.head_dim, seed=seed).bfloat16().to(device) for seed in (3, 4))
     return block, lambda: (block.compute(x, time, rope, (text,), torch.bfloat16),)  # type: ignore[arg-type]
 
 
@@ -148,6 +158,34 @@ def test_what_reads_the_norm_itself_gets_a_tensor(
     change(block)
     counted = both(run, passes, monkeypatch)
     assert counted == {"layer_norm": 1, "sum_norm": 2, "gelu_tanh": 1, "add_gated": 1}
+
+
+@pytest.mark.parametrize("name", ["triton_8bit", "triton_8bit_fp16", "torch_sdpa"])
+def test_queries_and_keys_are_normed_and_rotated_where_they_become_codes(
+    name: str, device: torch.device, passes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = replace(WAN, dim=128)
+    block, run = wan_block(device, arch)
+    block.bfloat16()
+    block.self_attn.attention = ATTENTION[name].fn
+    counted = both(run, passes, monkeypatch, attending=True)
+    fused = name != "torch_sdpa"
+    assert counted["attention_turned"] == fused and counted["rms_rope"] == (1 if fused else 3)
+
+
+def test_a_single_block_of_flux_as_well(
+    device: torch.device, passes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = FluxArch(num_layers=0, num_single_layers=1, dim=128, num_heads=2, ffn_dim=96, axes=(16, 24, 24))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = SingleBlock(arch, 0).to(device).bfloat16().eval()
+    block.joint.attention = ATTENTION["triton_8bit"].fn
+    rope = tuple(table.to(device) for table in flux_rope(arch.axes, 3, ((1, 2, 2),)))
+    x, text = normal(1, 4, 128, seed=1).to(device), normal(1, 3, 128, seed=2).to(device)
+    vec = normal(1, 128, seed=3).bfloat16().to(device)
+    counted = both(lambda: block.compute(x, text, vec, rope), passes, monkeypatch, attending=True)  # type: ignore[arg-type]
+    assert counted["attention_turned"] == 1 and not counted["rms_rope"]
 
 
 def test_a_double_block_of_flux_does_the_same_for_both_streams(

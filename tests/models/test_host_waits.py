@@ -33,6 +33,7 @@ WAN: dict[str, dict[str, object]] = {
     "int8": {"mm_config.mm_type": "int8-triton"},
     "blocks": {"mm_config.mm_type": "fp8-b128-triton"},
     "unquantized": {"mm_config.mm_type": "Default", "mm_config.weight_auto_quant": False},
+    "attention of codes": {"attention.type": "triton_8bit", "attention.cross": "torch_sdpa"},
     "euler": {"sampling.solver": "euler"},
     "dpm": {"sampling.solver": "dpm++"},
     "magcache": {"cache.type": "magcache", "cache.ratios": [1.0] * 12},
@@ -75,6 +76,8 @@ def run_watched(more: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> Cou
 def test_wan_waits_for_nothing(more: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     counts = run_watched({"sampling.steps": 6, **more}, monkeypatch)
     assert counts["triton_rms_rope"] > 0
+    if "attention.type" in more:
+        assert counts["triton_attention_turned"] == 48  # queries and keys have no pass of their own
     if not more:  # four blocks, six steps, two branches
         passes = {name: counts[f"triton_{name}"] for name in ("layer_norm_codes", "sum_norm_codes", "gelu_codes")}
         assert passes == {"layer_norm_codes": 48, "sum_norm_codes": 96, "gelu_codes": 48}

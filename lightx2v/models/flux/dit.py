@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
-from lightx2v.deferred import Tokens, add_gated, modulated_norm, tensor_of
-from lightx2v.elementwise import Rope, gelu_tanh, norm_rope
+from lightx2v.attention.turned import attend
+from lightx2v.deferred import Heads, Tokens, add_gated, modulated_norm, norm_rope, tensor_of
+from lightx2v.elementwise import Rope, gelu_tanh
 from lightx2v.errors import ConfigError
 from lightx2v.mm.together import project
 from lightx2v.models.base import (
@@ -97,12 +98,14 @@ class QKNorm(nn.Module):
         self.query_norm = HeadNorm(arch.head_dim)
         self.key_norm = HeadNorm(arch.head_dim)
 
-    def forward(self, qkv: Tensor, rope: Rope | None) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, qkv: Tensor, rope: Rope | None) -> tuple[Heads, Heads, Tensor]:
         """[B, L, 3 D] to queries, keys and values [B, L, H, Dh]."""
         q, k, v = qkv.chunk(3, dim=-1)
-        q = norm_rope(q, self.query_norm.scale, self.eps, self.heads, rope)
-        k = norm_rope(k, self.key_norm.scale, self.eps, self.heads, rope)
-        return q, k, v.unflatten(-1, (self.heads, -1))
+        return (
+            norm_rope(q, self.query_norm.scale, self.eps, self.heads, rope),
+            norm_rope(k, self.key_norm.scale, self.eps, self.heads, rope),
+            v.unflatten(-1, (self.heads, -1)),
+        )
 
 
 class StreamAttention(nn.Module):
@@ -127,7 +130,8 @@ class JointAttention(nn.Module):
         tokens = text.shape[1]
         of_text = txt.norm(project(text, txt.qkv)[0], None)  # text is at the origin, where nothing turns
         of_image = img.norm(project(x, img.qkv)[0], (rope[0][tokens:], rope[1][tokens:]))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(of_text, of_image, strict=True))
+        pairs = zip(map(tensor_of, of_text), map(tensor_of, of_image), strict=True)
+        q, k, v = (torch.cat(pair, dim=1) for pair in pairs)
         out = self.attention(q, k, v).flatten(2)
         return torch.cat([txt.proj(out[:, :tokens]), img.proj(out[:, tokens:])], dim=1)
 
@@ -143,8 +147,7 @@ class ParallelAttention(nn.Module):
         """x [B, T + L, D] to the branch [B, T + L, D]."""
         made = linear1(x)
         width = 3 * x.shape[-1]
-        q, k, v = norm(made[..., :width], rope)
-        out = self.attention(q, k, v).flatten(2)
+        out = attend(self.attention, *norm(made[..., :width], rope)).flatten(2)
         return linear2(torch.cat([out, gelu_tanh(made[..., width:])], dim=-1))
 
 

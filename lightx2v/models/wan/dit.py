@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
-from lightx2v.deferred import Residual, Tokens, add_gated, layer_norm, modulated_norm, tensor_of
-from lightx2v.elementwise import Rope, norm_rope
+from lightx2v.attention.turned import attend
+from lightx2v.deferred import Heads, Residual, Tokens, add_gated, layer_norm, modulated_norm, norm_rope, tensor_of
+from lightx2v.elementwise import Rope
 from lightx2v.errors import ConfigError
 from lightx2v.mm.together import project
 from lightx2v.models.base import (
@@ -79,14 +80,14 @@ class SelfAttention(nn.Module):
         self.norm_k = nn.RMSNorm(arch.dim, arch.eps) if arch.qk_norm else None
         self.attention: AttentionFn = torch_sdpa
 
-    def normed(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope | None = None) -> Tensor:
+    def normed(self, x: Tensor, norm: nn.RMSNorm | None, rope: Rope | None = None) -> Heads:
         """The norm, over the full width, and the rotary embedding: [B, L, D] -> [B, L, H, Dh]."""
         return norm_rope(x, None if norm is None else norm.weight, self.eps, self.heads, rope)
 
     def forward(self, x: Tokens, rope: Rope) -> Tensor:
         q, k, v = project(x, self.q, self.k, self.v)
-        q, k = self.normed(q, self.norm_q, rope), self.normed(k, self.norm_k, rope)
-        return self.o(self.attention(q, k, v.unflatten(-1, (self.heads, -1))).flatten(2))
+        turned = self.normed(q, self.norm_q, rope), self.normed(k, self.norm_k, rope)
+        return self.o(attend(self.attention, *turned, v.unflatten(-1, (self.heads, -1))).flatten(2))
 
 
 class CrossAttention(SelfAttention):
@@ -105,14 +106,14 @@ class CrossAttention(SelfAttention):
     def keys_values(self, text: Tensor, image: Tensor | None) -> tuple[KeysValues, ...]:
         """Keys and values [B, T, H, Dh] of the text tokens and, where there are any, of the image tokens."""
         k, v = project(text, self.k, self.v)
-        made = [(self.normed(k, self.norm_k), v.unflatten(-1, (self.heads, -1)))]
+        made = [(tensor_of(self.normed(k, self.norm_k)), v.unflatten(-1, (self.heads, -1)))]
         if image is not None:
             k, v = project(image, self.k_img, self.v_img)
-            made.append((self.normed(k, self.norm_k_img), v.unflatten(-1, (self.heads, -1))))
+            made.append((tensor_of(self.normed(k, self.norm_k_img)), v.unflatten(-1, (self.heads, -1))))
         return tuple(made)
 
     def forward(self, x: Tokens, keys_values: tuple[KeysValues, ...]) -> Tensor:  # type: ignore[override]
-        q = self.normed(project(x, self.q)[0], self.norm_q)
+        q = tensor_of(self.normed(project(x, self.q)[0], self.norm_q))
         out = self.attention(q, *keys_values[0])
         for k, v in keys_values[1:]:
             out = out + self.image_attention(q, k, v)
