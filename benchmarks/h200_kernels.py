@@ -42,9 +42,38 @@ def check(bench: Bench) -> Iterator[Row]:
         off = float((got - wanted).norm() / wanted.norm())
         assert off <= 0.03, f"{name} is off by {off:.3g} of its reference"
         yield Row("correct", name, off, "of the result's length")
+    yield from fused(sizes.rows, sizes.weights[-1][0], place)
     problem = trial.trial(place)
     assert problem is None, problem
     yield Row("correct", "norms, rotary embedding, gates, GELU", 1.0, "passed")
+
+
+def fused(rows: int, width: int, place: torch.device) -> Iterator[Row]:
+    """How much the passes that do several things differ from those that do one each: not at all in the interpreter."""
+    from lightx2v.kernels import ops
+
+    x, y, gate = (torch.randn(shape, device=place) for shape in ((1, rows, width), (1, rows, width), (1, 1, width)))
+    y, norm = y.bfloat16(), (gate + 1, gate, 1e-6, torch.bfloat16)
+    for kind in ("int8", "fp8"):
+        apart = ops.quantize_tokens(ops.layer_norm(ops.add_gated(x, y, gate), *norm)[0], kind)[0]
+        together = ops.sum_norm_codes(x, y, gate, *norm[:2], None, *norm[2:], kind)[1]
+        share = float((together.float() != apart.float()).float().mean())
+        assert share <= 1e-3, f"{share:.3g} of the codes of a norm differ"
+        yield Row(
+            "correct", f"residual, norm and {kind} in one pass: codes that differ from passes apart", share, "of all"
+        )
+    qkv = torch.randn(1, rows, 3 * 128, device=place).bfloat16()
+    q, k, v = qkv.chunk(3, dim=-1)
+    turn, weight = torch.rand(rows, 32, device=place), torch.rand(128, device=place)
+    turned = [ops.rms_rope(each, weight, turn, turn, 2, 1e-6).unflatten(2, (2, 64)) for each in (q, k)]
+    v = v.unflatten(2, (2, 64))
+    apart = ops.attention(*turned, v, 0.125, True).float()
+    together = ops.attention_turned(q, k, v, weight, weight, turn, turn, 1e-6, 0.125, True).float()
+    off = float((together - apart).norm() / apart.norm())
+    assert off <= 0.01, f"attention with norm and rotation in its passes is off by {off:.3g}"
+    yield Row(
+        "correct", "norm and rotation in the passes of attention's codes, from passes apart", off, "of its length"
+    )
 
 
 def linears(bench: Bench) -> Iterator[Row]:

@@ -13,10 +13,12 @@ import torch
 
 from lightx2v.bench.work import arch_of
 from lightx2v.config.load import load_config
+from lightx2v.mm import triton as triton_library
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import WanDiT
 from lightx2v.plan import resolve
-from lightx2v.platform import select_device
+from lightx2v.platform import probe, select_device
+from tests.models.absent_gpu import GPU
 from tests.models.tiny_checkpoints import original_config
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +54,19 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         (base / task / "config.json").write_text(json.dumps({**original_config(arch), "clip_num_heads": 2}))
         write_holes(base / task / "diffusion_pytorch_model.safetensors", arch)
     return {task: base / task for task in ("t2v", "i2v")}
+
+
+@pytest.mark.skipif(probe("triton").version is None, reason=f"triton is {probe('triton').reason}")
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "hopper").glob("*.json")), ids=lambda path: path.stem)
+def test_config_for_hopper_resolves_on_a_gpu(
+    path: Path, models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_library, "trial", lambda *_: None)
+    task = json.loads(path.read_text())["task"]
+    plan = resolve(load_config(str(path), {"model_path": str(models[task])}), GPU)
+    layers = plan.components["dit"].layers
+    assert layers and {layer.library for layer in layers} == {"triton"} and plan.config.graphs
+    assert set(plan.attention.functions) > {"triton_8bit"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
