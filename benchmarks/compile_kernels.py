@@ -88,6 +88,7 @@ def kernels(fp8: bool) -> None:
         ops.layer_norm_codes(x, table, table, None, 1e-6, torch.bfloat16, kind)
         ops.sum_norm_codes(x, half, table, table, table, None, 1e-6, torch.bfloat16, kind)
         ops.gelu_codes(half[0], None, kind)
+        ops.joined_gelu_codes(half[0, :, :1024], half[0, :, 1024:], None, kind)
         dtype = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}[kind]
         a, b = (torch.zeros(rows, 5120, dtype=torch.uint8).view(dtype) for rows in (256, 13824))
         bias = torch.empty(13824)

@@ -100,6 +100,11 @@ def gelu_codes(x: Tensor, kind: str, multiplier: Tensor | None) -> Quantized:
     return Quantized(*kernels_for(x, x.dtype).gelu_codes(x, multiplier, kind))
 
 
+def joined_gelu_codes(x: Tensor, y: Tensor, kind: str, multiplier: Tensor | None) -> Quantized:
+    """The same of x [M, K'] and the GELU of y [M, K] side by side: codes [M, K' + K]."""
+    return Quantized(*kernels_for(y, y.dtype).joined_gelu_codes(x, y, multiplier, kind))
+
+
 def kernels_for(x: Tensor, result: torch.dtype, *others: Tensor | None) -> Any:
     """Kernels, `native.ops` or `kernels.ops`, that can take x and the others to a result of that dtype.
 

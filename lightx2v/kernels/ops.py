@@ -220,6 +220,16 @@ def gelu_codes(x: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor,
     return tuple(quantize.quantize_tokens(x, kind, True, multiplier))  # type: ignore[return-value]
 
 
+def _joined_result(x: Tensor, y: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    return _tokens_result(x.new_empty(x.shape[0], x.shape[1] + y.shape[1]), kind)
+
+
+@kernel(_joined_result)
+def joined_gelu_codes(x: Tensor, y: Tensor, multiplier: Tensor | None, kind: str) -> tuple[Tensor, Tensor]:
+    """`gelu_codes` of y [M, K] with x [M, K'] in front of the GELU: codes [M, K' + K], scales [M, 1]."""
+    return tuple(quantize.quantize_tokens(y, kind, True, multiplier, x))  # type: ignore[return-value]
+
+
 @kernel(torch.empty_like)
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU with the tanh approximation."""

@@ -27,24 +27,37 @@ def levels_of(dtype: str) -> float:
 @triton.jit
 def _tokens(
     x: tl.tensor,
+    beside: tl.tensor,
     multiplier: tl.tensor,
     codes: tl.tensor,
     scales: tl.tensor,
     stride: tl.tensor,
+    beside_stride: tl.tensor,
+    FIRST: tl.tensor,
     K: tl.tensor,
     GELU: tl.constexpr,
+    JOINED: tl.constexpr,
     DTYPE: tl.constexpr,
     LEVELS: tl.constexpr,
     INTEGER: tl.constexpr,
     MULTIPLIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """x [M, K], or its GELU, -> codes [M, K], scales [M]. A program has a row, which it reads once."""
+    """x [M, K], or its GELU, -> codes [M, K], scales [M]. A program has a row, which it reads once.
+
+    JOINED: the first FIRST columns are those of `beside`, without the GELU, and x has the others.
+    """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
-    values = tl.load(x + row * stride + columns, mask=columns < K, other=0.0).to(tl.float32)
+    inside = columns < K
+    if JOINED:
+        inside &= columns >= FIRST
+    values = tl.load(x + row * stride + columns - FIRST, mask=inside, other=0.0).to(tl.float32)
     if GELU:
         values = gelu(values)
+    if JOINED:
+        others = tl.load(beside + row * beside_stride + columns, mask=columns < FIRST, other=0.0).to(tl.float32)
+        values = tl.where(columns < FIRST, others, values)
     store_row(codes, scales, values, multiplier, row, columns, K, DTYPE, LEVELS, INTEGER, MULTIPLIED)
 
 
@@ -72,20 +85,29 @@ def _groups(
     tl.store(codes + row * FILLED + columns, made, mask=columns < FILLED)
 
 
-def quantize_tokens(x: Tensor, dtype: str, gelu: bool = False, multiplier: Tensor | None = None) -> Quantized:
+def quantize_tokens(
+    x: Tensor, dtype: str, gelu: bool = False, multiplier: Tensor | None = None, beside: Tensor | None = None
+) -> Quantized:
     """x [M, K] of any floating dtype -> codes [M, K] of "int8" or "fp8", scales [M, 1] float32.
 
     With `gelu` they are of the GELU (tanh) of x, with a float32 `multiplier` [K] of that times it; each is rounded to
-    the dtype of x, as it would be between two passes.
+    the dtype of x, as it would be between two passes. `beside` [M, K'] of that dtype goes in front of the GELU, as it
+    is: codes [M, K' + K].
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, columns = x.shape
+    first = 0
+    if beside is not None:
+        beside = beside if beside.stride(-1) == 1 else beside.contiguous()
+        first = beside.shape[1]
+        columns += first
     codes = torch.empty(rows, columns, dtype=CODE_DTYPES[dtype], device=x.device)
     scales = torch.empty(rows, 1, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
     _tokens[(rows,)](
-        x, scales if multiplier is None else multiplier, codes, scales, x.stride(0), columns,
-        GELU=gelu, DTYPE=TYPES[x.dtype], LEVELS=levels_of(dtype), INTEGER=dtype == "int8",
+        x, x if beside is None else beside, scales if multiplier is None else multiplier, codes, scales,
+        x.stride(0), 0 if beside is None else beside.stride(0), first, columns,
+        GELU=gelu, JOINED=beside is not None, DTYPE=TYPES[x.dtype], LEVELS=levels_of(dtype), INTEGER=dtype == "int8",
         MULTIPLIED=multiplier is not None, BLOCK=block, num_warps=row_warps(block), enable_fp_fusion=False,
     )  # fmt: skip
     return Quantized(codes, scales)

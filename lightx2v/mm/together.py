@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.deferred import Normed, Tokens
-from lightx2v.elementwise import gelu_codes, gelu_tanh, has_gelu_codes
+from lightx2v.elementwise import gelu_codes, gelu_tanh, has_gelu_codes, joined_gelu_codes
 from lightx2v.mm.fused import FusedPart
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.lowrank import LowRankLinear, without_branch
@@ -58,6 +58,15 @@ def feed_forward(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:
         step = max(1, CPU_ROWS // x.shape[0])
     parts = [_both(part, up, down) for part in x.split(step, dim=1)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def project_joined(x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
+    """`linear` of x [B, L, K'] and the GELU (tanh) of y [B, L, K] side by side."""
+    form = linear.token_codes if isinstance(linear, QuantLinear) and x.numel() else None
+    if form is None or not has_gelu_codes(y):
+        return cast(Tensor, linear(torch.cat([x, gelu_tanh(y)], dim=-1)))
+    codes = joined_gelu_codes(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), *form)
+    return cast(QuantLinear, linear).multiply(codes, x)
 
 
 def _both(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:

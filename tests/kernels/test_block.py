@@ -80,6 +80,16 @@ def test_gelu(dtype: torch.dtype, device: torch.device) -> None:
         same_codes(ops.gelu_codes(x.to(device), by, kind), (got * by).to(dtype), kind)
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_gelu_beside_something_else(dtype: torch.dtype, device: torch.device) -> None:
+    wide = normal(5, 200).to(dtype).to(device)
+    x, y, by = normal(5, 30, seed=1).to(dtype).to(device), wide[:, 70:], 0.5 + normal(160, seed=2).to(device)
+    apart = torch.cat([x, ops.gelu_tanh(y)], dim=1)
+    for kind in SPECS:
+        same_codes(ops.joined_gelu_codes(x, y, None, kind), apart, kind)
+        same_codes(ops.joined_gelu_codes(x, y, by, kind), (apart * by).to(dtype), kind)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("gates", [0, 1, 2])
 def test_add_gated(gates: int, dtype: torch.dtype, device: torch.device) -> None:

@@ -14,6 +14,7 @@ from lightx2v import deferred, elementwise
 from lightx2v.attention import turned
 from lightx2v.attention.base import ATTENTION
 from lightx2v.kernels import ops
+from lightx2v.mm import together
 from lightx2v.mm.fused import fuse_projections
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.lowrank import LowRankLinear
@@ -26,7 +27,16 @@ from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import Block, rope_table
 
 WAN = WanArch(dim=64, ffn_dim=96, num_heads=2, num_layers=1, freq_dim=32, text_dim=24, model_type="t2v")
-PASSES = ("add_gated", "layer_norm", "layer_norm_codes", "sum_norm", "sum_norm_codes", "gelu_codes", "gelu_tanh")
+PASSES = (
+    "add_gated",
+    "layer_norm",
+    "layer_norm_codes",
+    "sum_norm",
+    "sum_norm_codes",
+    "gelu_codes",
+    "gelu_tanh",
+    "joined_gelu_codes",
+)
 ATTENDING = ("rms_rope", "attention_turned")
 Leaves = Callable[[int, int], dict[str, Tensor]]
 Change = Callable[[nn.Module], None]
@@ -158,6 +168,29 @@ def test_what_reads_the_norm_itself_gets_a_tensor(
     change(block)
     counted = both(run, passes, monkeypatch)
     assert counted == {"layer_norm": 1, "sum_norm": 2, "gelu_tanh": 1, "add_gated": 1}
+
+
+@pytest.mark.parametrize("mm_type", ["int8-triton", "fp8-b128-triton"])
+def test_a_single_block_of_flux_quantizes_what_it_joins(
+    mm_type: str, device: torch.device, passes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arch = FluxArch(num_layers=0, num_single_layers=1, dim=64, num_heads=2, ffn_dim=96, axes=(8, 12, 12))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        block = SingleBlock(arch, 0).to(device).eval()
+    quantize(block, mm_type, torch.bfloat16)
+    block.modulation.bfloat16()
+    rope = tuple(table.to(device) for table in flux_rope(arch.axes, 3, ((1, 2, 2),)))
+    x, text = normal(2, 4, 64, seed=1).to(device), normal(2, 3, 64, seed=2).to(device)
+    vec = normal(2, 64, seed=3).bfloat16().to(device)
+    with torch.no_grad():
+        got = block.compute(x, text, vec, rope)  # type: ignore[arg-type]
+        joined = mm_type == "int8-triton"
+        assert passes["joined_gelu_codes"] == joined and passes["gelu_tanh"] == (not joined)
+        monkeypatch.setattr(together, "has_gelu_codes", lambda x: False)
+        apart = block.compute(x, text, vec, rope)  # type: ignore[arg-type]
+    assert all(map(torch.equal, got, apart))
+    assert passes["gelu_tanh"] == 2 - joined
 
 
 @pytest.mark.parametrize("name", ["triton_8bit", "triton_8bit_fp16", "torch_sdpa"])

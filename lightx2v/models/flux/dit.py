@@ -22,9 +22,9 @@ from lightx2v.attention.base import AttentionFn
 from lightx2v.attention.sdpa import torch_sdpa
 from lightx2v.attention.turned import attend
 from lightx2v.deferred import Heads, Tokens, add_gated, modulated_norm, norm_rope, tensor_of
-from lightx2v.elementwise import Rope, gelu_tanh
+from lightx2v.elementwise import Rope
 from lightx2v.errors import ConfigError
-from lightx2v.mm.together import project
+from lightx2v.mm.together import project, project_joined
 from lightx2v.models.base import (
     AttentionPart,
     Branch,
@@ -148,7 +148,7 @@ class ParallelAttention(nn.Module):
         made = linear1(x)
         width = 3 * x.shape[-1]
         out = attend(self.attention, *norm(made[..., :width], rope)).flatten(2)
-        return linear2(torch.cat([out, gelu_tanh(made[..., width:])], dim=-1))
+        return project_joined(out, made[..., width:], linear2)
 
 
 class DoubleBlock(nn.Module):
