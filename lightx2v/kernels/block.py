@@ -129,10 +129,10 @@ def _spread_kernel(
 ) -> None:
     """out [M, parts]: that of each row, or of each part."""
     program = tl.program_id(0).to(tl.int64)
-    pairs = tl.arange(0, BLOCK)
-    columns = ((program % parts) * NORMED + pairs)[:, None] * 2 + tl.arange(0, 2)[None, :]
-    at = x + program // parts * stride + columns
-    even, odd = tl.split(tl.load(at, mask=(pairs < NORMED)[:, None], other=0.0).to(tl.float32))
+    columns = tl.arange(0, 2 * BLOCK)
+    at = x + program // parts * stride + program % parts * (2 * NORMED) + columns
+    values = tl.load(at, mask=columns < 2 * NORMED, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (BLOCK, 2)))
     tl.store(out + program, _spread(even, odd, NORMED, eps))
 
 
@@ -157,23 +157,25 @@ def _rope_kernel(
     """RMS norm over NORMED pairs at a time and rotation of neighbouring components, of one row or a part of it."""
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
-    pairs = (program % parts) * NORMED + tl.arange(0, BLOCK)
-    inside = (tl.arange(0, BLOCK) < NORMED) & (pairs < PAIRS)
-    columns = pairs[:, None] * 2 + tl.arange(0, 2)[None, :]
-    values = tl.load(x + row * stride + columns, mask=inside[:, None], other=0.0).to(tl.float32)
-    even, odd = tl.split(values)
+    within = tl.arange(0, BLOCK)
+    pairs = (program % parts) * NORMED + within
+    inside = within < NORMED
+    flat = tl.arange(0, 2 * BLOCK)  # flat, for loads and stores of 16 bytes
+    columns = (program % parts) * (2 * NORMED) + flat
+    values = tl.load(x + row * stride + columns, mask=flat < 2 * NORMED, other=0.0).to(tl.float32)
+    even, odd = tl.split(tl.reshape(values, (BLOCK, 2)))
     if HAS_NORM:
         spread = _spread(even, odd, NORMED, eps)
-        at = (pairs % NORMED)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        left, right = tl.split(tl.load(weight + at, mask=inside[:, None], other=0.0))
+        by = tl.load(weight + flat, mask=flat < 2 * NORMED, other=0.0)
+        left, right = tl.split(tl.reshape(by, (BLOCK, 2)))
         even, odd = even * spread * left, odd * spread * right
     if HAS_ROPE:
         angle = row % TOKENS * HALF + pairs % HALF
         cosine = tl.load(cosines + angle, mask=inside, other=0.0)
         sine = tl.load(sines + angle, mask=inside, other=0.0)
         even, odd = even * cosine - odd * sine, even * sine + odd * cosine
-    made = tl.join(even, odd).to(out.dtype.element_ty)
-    tl.store(out + row * PAIRS * 2 + columns, made, mask=inside[:, None])
+    made = tl.reshape(tl.join(even, odd), (2 * BLOCK,)).to(out.dtype.element_ty)
+    tl.store(out + row * PAIRS * 2 + columns, made, mask=flat < 2 * NORMED)
 
 
 def _strided(table: Tensor | None, rows: int, width: int, like: Tensor) -> tuple[Tensor, int, int]:
