@@ -35,20 +35,37 @@ def weight_spec(dtype: str, k: int) -> QSpec:
     return QSpec(dtype, "group" if size else "channel", size, symmetric=False)
 
 
-def round_weight(weight: Tensor, spec: QSpec) -> Tensor:
+Ranges = tuple[Tensor, Tensor]
+"""Scales and least values of groups, float32 [N, G] each: a group's codes stand for low, low + scale, ..."""
+
+
+def ranges_of(weight: Tensor, spec: QSpec) -> Ranges:
+    """MaxOptimizer's ranges of a float weight [N, K] of 4 or 2 bits: from the least to the greatest of each group."""
+    low, high = _grouped(weight, spec).aminmax(dim=2)
+    return _stored((high - low) / (levels_of(spec) - 1), weight.dtype), low
+
+
+def codes_in(weight: Tensor, spec: QSpec, ranges: Ranges) -> Tensor:
+    """The nearest codes of a float weight [N, K] of 4 or 2 bits, float32 [N, G, K/G]."""
+    scale, low = (part.unsqueeze(2) for part in _ranges_as_stored(ranges, weight.dtype))
+    return ((_grouped(weight, spec) - low) / scale).round_().clamp_(0, levels_of(spec) - 1)
+
+
+def round_weight(weight: Tensor, spec: QSpec, ranges: Ranges | None = None) -> Tensor:
     """A float weight [N, K] as it is once it is quantized, in its dtype."""
-    codes, scale, low = _codes(weight, spec)
+    codes, scale, low = _codes(weight, spec, ranges)
     values = codes.float() * scale
     return (values if low is None else values + low).flatten(1).to(weight.dtype)
 
 
-def quanto_leaves(weight: Tensor, spec: QSpec) -> dict[str, Tensor]:
+def quanto_leaves(weight: Tensor, spec: QSpec, ranges: Ranges | None = None) -> dict[str, Tensor]:
     """The tensors that libraries compute with (`quant.formats`) of a float weight [N, K].
 
     Scales are AbsmaxOptimizer's and MaxOptimizer's, computed in float32 and rounded to the weight's dtype, in which
-    they are stored; so that float32 weights give quanto's codes, bit by bit. A scale of 0 becomes 1.
+    they are stored; so that float32 weights give quanto's codes, bit by bit. A scale of 0 becomes 1. With `ranges`, for
+    4 and 2 bits, those are taken and values outside of them are clipped.
     """
-    codes, scale, low = _codes(weight, spec)
+    codes, scale, low = _codes(weight, spec, ranges)
     if low is None:
         return {"weight": codes.flatten(1), "weight_scale": scale.flatten(1)}
     flat, k = codes.to(torch.uint8).flatten(1), weight.shape[1]
@@ -59,14 +76,17 @@ def quanto_leaves(weight: Tensor, spec: QSpec) -> dict[str, Tensor]:
     }
 
 
-def _codes(weight: Tensor, spec: QSpec) -> tuple[Tensor, Tensor, Tensor | None]:
+def _grouped(weight: Tensor, spec: QSpec) -> Tensor:
+    """float32 [N, G, K/G]."""
+    return weight.float().unflatten(1, (group_count(spec, weight.shape[1]), -1))
+
+
+def _codes(weight: Tensor, spec: QSpec, ranges: Ranges | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes [N, G, K/G], and scales and the least value, both [N, G, 1], of the groups that have one."""
-    groups = weight.float().unflatten(1, (group_count(spec, weight.shape[1]), -1))
     if spec.is_integer:
-        low, high = groups.aminmax(dim=2, keepdim=True)
-        top = levels_of(spec) - 1
-        scale = _stored((high - low) / top, weight.dtype)
-        return ((groups - low) / scale).round_().clamp_(0, top), scale, low
+        scale, low = _ranges_as_stored(ranges_of(weight, spec) if ranges is None else ranges, weight.dtype)
+        return codes_in(weight, spec, (scale, low)), scale.unsqueeze(2), low.unsqueeze(2)
+    groups = _grouped(weight, spec)
     amax = groups.abs().amax(dim=2, keepdim=True)
     if spec.dtype == "fp8":
         scale = _stored(amax / FP8_MAX, weight.dtype)
@@ -78,6 +98,11 @@ def _codes(weight: Tensor, spec: QSpec) -> tuple[Tensor, Tensor, Tensor | None]:
 def _stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     rounded = scale.to(dtype).float()
     return torch.where(rounded == 0, 1.0, rounded)
+
+
+def _ranges_as_stored(ranges: Ranges, dtype: torch.dtype) -> Ranges:
+    """As the numbers of a weight's dtype that files hold."""
+    return _stored(ranges[0], dtype), ranges[1].to(dtype).float()
 
 
 def written_weight(leaves: Mapping[str, Tensor], spec: QSpec, k: int, dtype: torch.dtype) -> dict[str, Tensor]:

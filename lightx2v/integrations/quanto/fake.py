@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightx2v.quant.numerics import FP8_MAX, INT8_MAX
-from lightx2v.quant.quanto import round_weight
+from lightx2v.quant.quanto import Ranges, codes_in, round_weight
 from lightx2v.quant.spec import QSpec
 
 LEVELS = {"int8": float(INT8_MAX), "fp8": FP8_MAX}
@@ -27,6 +27,19 @@ class _Straight(torch.autograd.Function):
         return grads[0], None
 
 
+class _InRanges(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, low: Tensor, rounded: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        (codes,) = ctx.saved_tensors
+        by_group = grads[0].float().reshape(codes.shape)
+        return grads[0], (by_group * codes).sum(dim=2), by_group.sum(dim=2), None, None
+
+
 def straight(value: Tensor, rounded: Tensor) -> Tensor:
     """`rounded`, with the gradient of `value`."""
     if not (torch.is_grad_enabled() and value.requires_grad):
@@ -35,11 +48,19 @@ def straight(value: Tensor, rounded: Tensor) -> Tensor:
     return result
 
 
-def fake_weight(weight: Tensor, spec: QSpec) -> Tensor:
-    """A weight [N, ...] as it is once it is quantized, in its shape and dtype."""
+def fake_weight(weight: Tensor, spec: QSpec, ranges: Ranges | None = None) -> Tensor:
+    """A weight [N, ...] as it is once it is quantized, in its shape and dtype.
+
+    Of `ranges` the gradients are exact, those of code * scale + low with the codes as they are.
+    """
     with torch.no_grad():
-        rounded = round_weight(weight.flatten(1), spec).view_as(weight)
-    return straight(weight, rounded)
+        rounded = round_weight(weight.flatten(1), spec, ranges).view_as(weight)
+    if ranges is None or not (torch.is_grad_enabled() and any(part.requires_grad for part in ranges)):
+        return straight(weight, rounded)
+    with torch.no_grad():
+        codes = codes_in(weight.flatten(1), spec, ranges)
+    values: Tensor = _InRanges.apply(weight, *ranges, rounded, codes)
+    return values
 
 
 def fake_activation(x: Tensor, scale: Tensor, dtype: str) -> Tensor:

@@ -55,6 +55,19 @@ def quantize(
         )
 
 
+def learn_ranges(model: nn.Module) -> None:
+    """Make parameters of the scales and least values of 4 and 2 bits, which else are those of the weights at each call.
+
+    They are `weight_scale` and `weight_low` [N, G] of each layer, start where they were, and are what `freeze` writes.
+    Raises ConfigError where there is no such layer.
+    """
+    layers = [layer for layer in model.modules() if isinstance(layer, QuantizedModule) and layer.has_ranges]
+    if not layers:
+        raise ConfigError("learn_ranges", "no weight of 4 or 2 bits in the model", do="call quantize first")
+    for layer in layers:
+        layer.learn_ranges()
+
+
 def freeze(model: nn.Module) -> None:
     """Quantize the weights for good. Raises ConfigError with the layers that were never calibrated."""
     layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]

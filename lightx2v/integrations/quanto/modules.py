@@ -1,7 +1,8 @@
 """Layers with quantized weights and activations: in floating point while they train, on codes once they are frozen.
 
 A state dict has optimum-quanto's names: `weight`, or once it is frozen `weight._data`, `weight._scale` and, of 4 and 2
-bits, `weight._data._data` and `weight._shift`; `bias`, `input_scale` [], `output_scale` [].
+bits, `weight._data._data` and `weight._shift`; `bias`, `input_scale` [], `output_scale` []. Learned ranges, until they
+are frozen, are `weight_scale` and `weight_low` [N, G].
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from lightx2v.integrations.quanto.calibration import active
 from lightx2v.integrations.quanto.fake import fake_activation, fake_weight
 from lightx2v.integrations.quanto.frozen import StoredWeight, freeze_linear, quantizes_input
 from lightx2v.integrations.quanto.qtypes import QType
-from lightx2v.quant.quanto import quanto_leaves, read_weight, weight_spec, written_weight
+from lightx2v.quant.quanto import Ranges, quanto_leaves, ranges_of, read_weight, weight_spec, written_weight
 from lightx2v.quant.spec import QSpec
 
 _PARTS = ("_data._data", "_data", "_scale", "_shift")
@@ -47,6 +48,8 @@ class QuantizedModule(nn.Module, ABC):
         self.register_buffer("output_scale", ones.clone())
         self.quantizes_output = activations is not None
         self.spec: QSpec | None = None if weights is None else weight_spec(weights.dtype, self.size[1])
+        self.rounds = True
+        """Whether a weight that is not frozen is rounded. `solve` has those that it has yet to see computed as is."""
         self._frozen: tuple[Any, ...] = ()
         """The quantized weight, out of reach of state dicts, which have other names for it."""
         self.train(layer.training)
@@ -75,7 +78,30 @@ class QuantizedModule(nn.Module, ABC):
         if self.frozen:
             return self.frozen_weight().view(self.shape)
         weight: Tensor | None = self._parameters["weight"]
-        return weight if weight is None or self.spec is None else fake_weight(weight, self.spec)
+        if weight is None or self.spec is None or not self.rounds:
+            return weight
+        return fake_weight(weight, self.spec, self.ranges)
+
+    @property
+    def has_ranges(self) -> bool:
+        """Whether the weight has groups with a least value, which ranges can be learned for: 4 and 2 bits."""
+        return self.spec is not None and self.spec.is_integer
+
+    @property
+    def ranges(self) -> Ranges | None:
+        """Learned ranges, where there are any."""
+        scale, low = self._parameters.get("weight_scale"), self._parameters.get("weight_low")
+        return None if scale is None or low is None else (scale, low)
+
+    def learn_ranges(self, ranges: Ranges | None = None) -> None:
+        """Make parameters of the ranges, with these values; by default those that they have now."""
+        weight: Tensor | None = self._parameters["weight"]
+        if not self.has_ranges or self.frozen or self.spec is None or weight is None:
+            return
+        with torch.no_grad():
+            found = ranges or self.ranges or ranges_of(weight.flatten(1), self.spec)
+        for name, values in zip(("weight_scale", "weight_low"), found, strict=True):
+            self.register_parameter(name, nn.Parameter(values.detach().float().clone()))
 
     def freeze(self) -> None:
         """Quantize the weight for good."""
@@ -84,13 +110,18 @@ class QuantizedModule(nn.Module, ABC):
             return
         self.dtype = weight.dtype
         with torch.no_grad():
-            self._hold(quanto_leaves(weight.flatten(1), self.spec))
+            self._hold(quanto_leaves(weight.flatten(1), self.spec, self.ranges))
 
     def _hold(self, leaves: Mapping[str, Tensor]) -> None:
         self._frozen = (self.hold(leaves),)
-        self._parameters["weight"] = None
+        self._drop_weight()
         if (bias := self._parameters["bias"]) is not None:
             bias.requires_grad_(False)
+
+    def _drop_weight(self) -> None:
+        self._parameters["weight"] = None
+        for name in ("weight_scale", "weight_low"):
+            self._parameters.pop(name, None)
 
     @abstractmethod
     def hold(self, leaves: Mapping[str, Tensor]) -> Any:
@@ -162,10 +193,12 @@ class QuantizedModule(nn.Module, ABC):
             part: state_dict.pop(f"{prefix}weight.{part}") for part in _PARTS if f"{prefix}weight.{part}" in state_dict
         }
         if given:
-            self._parameters["weight"] = None
+            self._drop_weight()
         elif self.frozen and f"{prefix}weight" in state_dict:
             self._frozen = ()
             self.register_parameter("weight", nn.Parameter(torch.empty(self.shape, dtype=self.dtype)))
+        if f"{prefix}weight_scale" in state_dict:
+            self.learn_ranges()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if given:
             self._read(given)
