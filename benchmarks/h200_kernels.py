@@ -89,8 +89,9 @@ def linears(bench: Bench) -> Iterator[Row]:
         yield Row("linear", f"{row}: torch bf16", flops / taken / 1e12, "TFLOP/s", bench.share(flops / taken, "bf16"))
         for name in ("fp8-triton", "int8-triton", "fp8-b128-triton", "fp8-torch"):
             scheme = parse(name)
-            layer = QuantLinear(k, n, False, scheme, scheme.library, torch.bfloat16, weight_auto_quant=True)
+            layer = QuantLinear(k, n, True, scheme, scheme.library, torch.bfloat16, weight_auto_quant=True)
             layer.load_tensor("weight", weight)
+            layer.load_tensor("bias", weight[:, 0].clone())
             layer.finish()
             taken = bench.seconds(lambda x=x, layer=layer: layer(x))
             target = "1000 TFLOP/s" if name == "fp8-triton" else ""

@@ -85,7 +85,7 @@ def _step(
     return total, sums * correction + tl.sum(weights, 1), highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["QUERY_COUNT", "LENGTH", "HEADS"])  # one compilation for any number of tokens
 def _attend_kernel(
     q: tl.tensor,
     k: tl.tensor,

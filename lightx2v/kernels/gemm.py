@@ -77,7 +77,7 @@ def _finish(
         tl.store(at, values.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one compilation for any number of tokens
 def _gemm_kernel(
     a: tl.tensor,
     b: tl.tensor,
