@@ -46,7 +46,7 @@ class Normed:
     ) -> None:
         self.x, self.tables, self.dtype, self.kernels = x, (factor, offset), dtype, kernels
         self.eps = eps
-        self.shape = _like(x).shape
+        self.shape, self.device = _like(x).shape, _like(x).device
 
     def tensor(self) -> Tensor:
         """The norm, rounded to `dtype`."""

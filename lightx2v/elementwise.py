@@ -8,6 +8,7 @@ wherever gradients are wanted, these definitions in torch.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightx2v.kernels.trial import usable
+from lightx2v.platform import compute_capability
 from lightx2v.quant.numerics import Quantized
 
 _FLOATS = {torch.float32, torch.bfloat16, torch.float16}
@@ -89,6 +91,13 @@ def gelu_tanh(x: Tensor) -> Tensor:
 def has_gelu_codes(x: Tensor) -> bool:
     """Whether `gelu_codes` can be called for tensors like x."""
     return hasattr(kernels_for(x, x.dtype), "gelu_codes")
+
+
+@lru_cache(maxsize=32)
+def makes_codes(device: torch.device, kind: str) -> bool:
+    """Whether kernels on `device` can round to codes of `kind`: Triton has e4m3 from compute capability 8.9 on."""
+    capability = compute_capability(device)
+    return kind != "fp8" or capability is None or capability >= (8, 9)
 
 
 def gelu_codes(x: Tensor, kind: str, multiplier: Tensor | None) -> Quantized:

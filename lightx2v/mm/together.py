@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightx2v.deferred import Normed, Tokens
-from lightx2v.elementwise import gelu_codes, gelu_tanh, has_gelu_codes, joined_gelu_codes
+from lightx2v.elementwise import gelu_codes, gelu_tanh, has_gelu_codes, joined_gelu_codes, makes_codes
 from lightx2v.mm.fused import FusedPart
 from lightx2v.mm.linear import QuantLinear
 from lightx2v.mm.lowrank import LowRankLinear, without_branch
@@ -39,7 +39,7 @@ def _products(x: Tokens, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         # A branch reads the norm itself, as low ranks around a product do.
         branched = any(layer is not plain for layer, plain in zip(layers, quantized, strict=False))
         form = quantized[0].token_codes if agree and not branched else None
-        if form is not None and all(layer.token_codes for layer in quantized):
+        if form is not None and makes_codes(x.device, form.kind) and all(layer.token_codes for layer in quantized):
             codes = x.codes(*form)
             return tuple(layer.multiply(codes, x) for layer in able)
         x = x.tensor()
@@ -63,7 +63,7 @@ def feed_forward(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:
 def project_joined(x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
     """`linear` of x [B, L, K'] and the GELU (tanh) of y [B, L, K] side by side."""
     form = linear.token_codes if isinstance(linear, QuantLinear) and x.numel() else None
-    if form is None or not has_gelu_codes(y):
+    if form is None or not (makes_codes(y.device, form.kind) and has_gelu_codes(y)):
         return cast(Tensor, linear(torch.cat([x, gelu_tanh(y)], dim=-1)))
     codes = joined_gelu_codes(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), *form)
     return cast(QuantLinear, linear).multiply(codes, x)
@@ -72,7 +72,7 @@ def project_joined(x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
 def _both(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:
     """down(gelu(up(x))); GELU and the quantization behind it in one pass where there is a kernel for both."""
     form = down.token_codes if isinstance(down, QuantLinear) and x.shape.numel() else None
-    if form is None or not (isinstance(x, Normed) or has_gelu_codes(x)):
+    if form is None or not (makes_codes(x.device, form.kind) and (isinstance(x, Normed) or has_gelu_codes(x))):
         return cast(Tensor, down(_up(x, up)))
     (y,) = project(x, up)
     return cast(QuantLinear, down).multiply(gelu_codes(y.reshape(-1, y.shape[-1]), *form), y)

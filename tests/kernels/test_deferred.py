@@ -238,6 +238,22 @@ def test_a_double_block_of_flux_does_the_same_for_both_streams(
     assert counted == {"layer_norm_codes": 2, "sum_norm_codes": 2, "gelu_codes": 2, "add_gated": 2}
 
 
+@pytest.mark.parametrize("mm_type", ["int8-triton", "fp8-triton"])
+def test_before_compute_capability_8_9_no_pass_makes_codes_of_e4m3(
+    mm_type: str, device: torch.device, passes: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    block, run = wan_block(device)
+    quantize(block, mm_type, torch.bfloat16)
+    monkeypatch.setattr(elementwise, "compute_capability", lambda device: (8, 0))
+    elementwise.makes_codes.cache_clear()
+    try:
+        counted = both(run, passes, monkeypatch)
+    finally:
+        elementwise.makes_codes.cache_clear()
+    of_codes = {name for name in counted if name.endswith("codes")}
+    assert of_codes == ({"layer_norm_codes", "sum_norm_codes", "gelu_codes"} if mm_type == "int8-triton" else set())
+
+
 def test_layers_that_disagree_share_the_tensor(device: torch.device, passes: Counter[str]) -> None:
     layers = nn.ModuleDict({"a": nn.Linear(64, 32), "b": nn.Linear(64, 32)}).to(device)
     quantize(layers, "int8-triton", torch.float32)
