@@ -63,7 +63,7 @@ def feed_forward(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:
 def project_joined(x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
     """`linear` of x [B, L, K'] and the GELU (tanh) of y [B, L, K] side by side."""
     form = linear.token_codes if isinstance(linear, QuantLinear) and x.numel() else None
-    if form is None or not (makes_codes(y.device, form.kind) and has_gelu_codes(y)):
+    if form is None or not (has_gelu_codes(y) and makes_codes(y.device, form.kind)):
         return cast(Tensor, linear(torch.cat([x, gelu_tanh(y)], dim=-1)))
     codes = joined_gelu_codes(x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1]), *form)
     return cast(QuantLinear, linear).multiply(codes, x)
@@ -72,7 +72,7 @@ def project_joined(x: Tensor, y: Tensor, linear: nn.Module) -> Tensor:
 def _both(x: Tokens, up: nn.Module, down: nn.Module) -> Tensor:
     """down(gelu(up(x))); GELU and the quantization behind it in one pass where there is a kernel for both."""
     form = down.token_codes if isinstance(down, QuantLinear) and x.shape.numel() else None
-    if form is None or not (makes_codes(x.device, form.kind) and (isinstance(x, Normed) or has_gelu_codes(x))):
+    if form is None or not ((isinstance(x, Normed) or has_gelu_codes(x)) and makes_codes(x.device, form.kind)):
         return cast(Tensor, down(_up(x, up)))
     (y,) = project(x, up)
     return cast(QuantLinear, down).multiply(gelu_codes(y.reshape(-1, y.shape[-1]), *form), y)
