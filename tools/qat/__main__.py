@@ -1,9 +1,9 @@
 """Quantize tiny-wan's blocks to few bits, train, freeze, and say how much of the lost PSNR came back.
 
-    python -m tools.qat --weights qint2 qint4 --steps 200
+    python -m tools.qat --weights qint2 qint4
 
 PSNR is against the clips of the unquantized model for the same prompts and seeds, none of which training sees. What is
-lost is the difference to weights of 8 bits.
+lost is the difference to weights of 8 bits. `--seed` draws other prompts to choose settings with.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,11 +24,15 @@ from lightx2v.eval.metrics import Clip, psnr
 from lightx2v.eval.prompts import Case, draw_prompts
 from lightx2v.integrations.quanto import freeze, quantize
 from lightx2v.models.wan.dit import WanDiT
-from tools.qat.distill import Pace, States, distill, trajectories
+from tools.qat.distill import PACES, Pace, distill
+from tools.qat.start import solve_blocks
+from tools.qat.states import States, trajectories
 from tools.qat.studio import Studio
 
 BLOCKS = "blocks.*"
 TRAINING_SEED, EVAL_SEED = 1, 0
+SOLVED_WITH = 128
+"""States of the teacher that the start is solved with."""
 
 
 def quality(studio: Studio, model: WanDiT, requests: Sequence[Case], texts: Tensor, references: list[Clip]) -> float:
@@ -46,17 +51,17 @@ def quantized(studio: Studio, weights: str) -> WanDiT:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--weights", nargs="+", default=["qint2", "qint4"], help="types of quanto")
+    parser.add_argument("--weights", nargs="+", choices=tuple(PACES), default=list(PACES), help="types of quanto")
     parser.add_argument("--steps", type=int, default=Pace().steps, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=Pace().batch)
-    parser.add_argument("--lr", type=float, default=Pace().lr)
+    parser.add_argument("--batch", type=int, default=Pace().batch, help="states of a step (%(default)s)")
     parser.add_argument("--clips", type=int, default=96, help="clips of the teacher to learn from (%(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="prompts to measure with (%(default)s)")
+    parser.add_argument("--seed", type=int, default=EVAL_SEED, help="of the prompts to measure with (%(default)s)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights there")
     arguments = parser.parse_args()
 
     studio = Studio()
-    requests = draw_prompts(arguments.prompts, EVAL_SEED)
+    requests = draw_prompts(arguments.prompts, arguments.seed)
     teacher = studio.model()
     texts = studio.texts(requests)
     references = [studio.clip(latents) for latents in studio.sample(teacher, requests, texts)]
@@ -74,8 +79,15 @@ def main() -> None:
         before = quality(studio, plain, requests, texts, references)
         student = quantized(studio, weights)
         began = time.perf_counter()
-        losses = distill(student, states, Pace(arguments.steps, arguments.batch, arguments.lr), _say)
+        drawn = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))
+        solve_blocks(student, teacher, states.at(drawn[:SOLVED_WITH]))
         seconds = time.perf_counter() - began
+        solved = quality(studio, student, requests, texts, references)
+        print(f"{weights}: {before:.2f} dB rounded, {solved:.2f} dB solved in {seconds:.0f} s", flush=True)
+        began = time.perf_counter()
+        pace = replace(PACES[weights], steps=arguments.steps, batch=arguments.batch)
+        losses = distill(student, teacher, states, pace, _say)
+        seconds += time.perf_counter() - began
         freeze(student)
         after = quality(studio, student, requests, texts, references)
         share = (after - before) / (ceiling - before)
@@ -83,6 +95,7 @@ def main() -> None:
             {
                 "weights": weights,
                 "before": before,
+                "solved": solved,
                 "after": after,
                 "recovered": share,
                 "loss_first": statistics.fmean(losses[:10]),

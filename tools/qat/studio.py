@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from lightx2v.components import Components
 from lightx2v.config.load import load_config
+from lightx2v.errors import ConfigError
 from lightx2v.eval.metrics import Clip
 from lightx2v.eval.prompts import Case
 from lightx2v.families.base import Session
@@ -21,7 +22,7 @@ from lightx2v.plan import Plan, resolve
 from lightx2v.plan.sampling import guidance_scales, plan_sampler
 from lightx2v.platform import select_device
 from lightx2v.runner import to_frames
-from lightx2v.sampling.loop import denoise, guided
+from lightx2v.sampling.loop import Sampler, denoise, guided
 from lightx2v.sampling.schedule import noise_source
 from lightx2v.timing import StageTimer
 
@@ -42,6 +43,18 @@ class Studio:
         self._parts, timer = Components(self.plan), StageTimer(self.plan.device)
         self._session = Session(self._parts, timer, config, self.plan.files, CPU, torch.float32)
         self._family = self.plan.family.surroundings
+
+    @property
+    def guidance(self) -> float:
+        """The guidance scale of every step. Raises ConfigError where it changes."""
+        first, *others = guidance_scales(self.plan.config, self.plan.request, self._sampler().steps)
+        if any(scale != first for scale in others):
+            raise ConfigError("sampling.cfg_schedule", "guidance changes", do="train with one scale for all steps")
+        return first
+
+    def _sampler(self) -> Sampler:
+        plan = self.plan
+        return plan_sampler(plan.config, plan.family, plan.files, plan.request, CPU)
 
     def model(self) -> WanDiT:
         """A DiT of its own, with the trained weights."""
@@ -78,7 +91,7 @@ class Studio:
                     watch(noisy, timestep.float(), said[branch], velocity)
                 return velocity
 
-            sampler = plan_sampler(plan.config, plan.family, plan.files, plan.request, CPU)
+            sampler = self._sampler()
             noise = [sampler.start(shape, noise_source(requests[row].seed, CPU)) for row in rows.tolist()]
             scales = guidance_scales(plan.config, plan.request, sampler.steps)
             made.extend(denoise(torch.cat(noise), sampler, guided(predict, scales)).split(1))
