@@ -89,6 +89,7 @@ ROWS = [
     Row("W4A4 nvfp4, SVDQuant r32", "nvfp4", recipe(**SVD)),
     Row("NF4", "nf4"),
     Row("NF4, double quantization", "nf4-double"),
+    Row("NF4, double quantization, GPTQ *", "nf4-double", recipe(solver="gptq"), prompts=TARGET_PROMPTS),
     Row("FP4", "fp4"),
     Row("int4 g64", "int4-g64-asym"),
     Row("int4 g64, GPTQ", "int4-g64-asym", recipe(solver="gptq")),
