@@ -3,7 +3,8 @@
     python -m tools.qat --weights qint2 qint4
 
 PSNR is against the clips of the unquantized model for the same prompts and seeds, none of which training sees. What is
-lost is the difference to weights of 8 bits. `--seed` draws other prompts to choose settings with.
+lost is the difference to weights of 8 bits. Clips with a right answer are restored as well (`restore`), where the
+unquantized model has a PSNR of its own to lose. `--seed` draws other prompts to choose settings with.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from lightx2v.eval.prompts import Case, draw_prompts
 from lightx2v.integrations.quanto import freeze, quantize
 from lightx2v.models.wan.dit import WanDiT
 from tools.qat.distill import PACES, Pace, distill
+from tools.qat.restore import noised, restored_psnr
 from tools.qat.start import solve_blocks
 from tools.qat.states import States, trajectories
 from tools.qat.studio import Studio
@@ -56,6 +58,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=Pace().batch, help="states of a step (%(default)s)")
     parser.add_argument("--clips", type=int, default=96, help="clips of the teacher to learn from (%(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="prompts to measure with (%(default)s)")
+    parser.add_argument("--scenes", type=int, default=50, help="scenes to restore (%(default)s)")
     parser.add_argument("--seed", type=int, default=EVAL_SEED, help="of the prompts to measure with (%(default)s)")
     parser.add_argument("--save", type=Path, metavar="DIR", help="write the trained weights there")
     arguments = parser.parse_args()
@@ -68,7 +71,9 @@ def main() -> None:
     ceiling_model = quantized(studio, "qint8")
     freeze(ceiling_model)
     ceiling = quality(studio, ceiling_model, requests, texts, references)
-    print(f"int8: {ceiling:.2f} dB", flush=True)
+    scenes = noised(studio, arguments.scenes)
+    whole = restored_psnr(teacher, scenes)
+    print(f"int8: {ceiling:.2f} dB; unquantized: {whole:.3f} dB of restored scenes", flush=True)
     began = time.perf_counter()
     states: States = trajectories(studio, teacher, draw_prompts(arguments.clips, TRAINING_SEED))
     print(f"{len(states)} states of {arguments.clips} clips in {time.perf_counter() - began:.0f} s", flush=True)
@@ -76,7 +81,7 @@ def main() -> None:
     for weights in arguments.weights:
         plain = quantized(studio, weights)
         freeze(plain)
-        before = quality(studio, plain, requests, texts, references)
+        before, worn = quality(studio, plain, requests, texts, references), restored_psnr(plain, scenes)
         student = quantized(studio, weights)
         began = time.perf_counter()
         drawn = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))
@@ -91,6 +96,8 @@ def main() -> None:
         freeze(student)
         after = quality(studio, student, requests, texts, references)
         share = (after - before) / (ceiling - before)
+        mended = restored_psnr(student, scenes)
+        restored = (mended - worn) / (whole - worn)
         results.append(
             {
                 "weights": weights,
@@ -98,16 +105,21 @@ def main() -> None:
                 "solved": solved,
                 "after": after,
                 "recovered": share,
+                "scenes_before": worn,
+                "scenes_after": mended,
+                "scenes_recovered": restored,
                 "loss_first": statistics.fmean(losses[:10]),
                 "loss_last": statistics.fmean(losses[-10:]),
                 "seconds": seconds,
             }
         )
         print(f"{weights}: {before:.2f} -> {after:.2f} dB, {share:.0%} of what was lost, {seconds:.0f} s", flush=True)
+        print(f"scenes: {worn:.3f} -> {mended:.3f} dB, {restored:.0%} of what was lost", flush=True)
         if arguments.save is not None:
             arguments.save.mkdir(parents=True, exist_ok=True)
             torch.save(student.state_dict(), arguments.save / f"{weights}.pt")
-    print(json.dumps({"int8": ceiling, "prompts": arguments.prompts, "steps": arguments.steps, "results": results}))
+    known = {"int8": ceiling, "scenes": whole, "prompts": arguments.prompts, "steps": arguments.steps}
+    print(json.dumps({**known, "results": results}))
 
 
 def _say(step: int, loss: float) -> None:

@@ -52,6 +52,14 @@ class Studio:
             raise ConfigError("sampling.cfg_schedule", "guidance changes", do="train with one scale for all steps")
         return first
 
+    @property
+    def shift(self) -> float:
+        """That of the sampler's levels of noise. Raises ConfigError where it is not known before the run."""
+        shift = self.plan.request.shift
+        if shift is None:
+            raise ConfigError("sampling.shift", "depends on the size", do="set it")
+        return shift
+
     def _sampler(self) -> Sampler:
         plan = self.plan
         return plan_sampler(plan.config, plan.family, plan.files, plan.request, CPU)
@@ -101,3 +109,9 @@ class Studio:
     def clip(self, latents: Tensor) -> Clip:
         """Frames, uint8 [T, H, W, 3], of latents [1, C, t, h, w]."""
         return to_frames(self._family.decode(self._session, latents))
+
+    @torch.no_grad()
+    def latents(self, clips: Tensor) -> Tensor:
+        """Latents [B, C, t, h, w], normalized, of clips [B, 3, T, H, W] in [-1, 1]."""
+        with self._session.use("vae") as vae:
+            return torch.cat([vae.encode(clip[None]) for clip in clips])
