@@ -98,6 +98,7 @@ ROWS = [
     Row("int3 g64", "int3-g64-asym"),
     Row("int3 g64, GPTQ", "int3-g64-asym", recipe(solver="gptq")),
     Row("int3 g64, HQQ", "int3-g64-asym", recipe(solver="hqq")),
+    Row("int3 g128, GPTQ *", "int3-g128-asym", recipe(solver="gptq"), prompts=TARGET_PROMPTS),
     Row("int2 g64", "int2-g64-asym"),
     Row("int2 g64, GPTQ", "int2-g64-asym", recipe(solver="gptq")),
     Row("int2 g64, HQQ", "int2-g64-asym", recipe(solver="hqq")),
