@@ -25,7 +25,7 @@ from lightx2v.eval.metrics import Clip, psnr
 from lightx2v.eval.prompts import Case, draw_prompts
 from lightx2v.integrations.quanto import freeze, quantize
 from lightx2v.models.wan.dit import WanDiT
-from tools.qat.distill import PACES, Pace, distill
+from tools.qat.distill import PACES, distill
 from tools.qat.restore import noised, restored_psnr
 from tools.qat.start import solve_blocks
 from tools.qat.states import States, trajectories
@@ -54,8 +54,8 @@ def quantized(studio: Studio, weights: str) -> WanDiT:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", choices=tuple(PACES), default=list(PACES), help="types of quanto")
-    parser.add_argument("--steps", type=int, default=Pace().steps, help="training steps (default: %(default)s)")
-    parser.add_argument("--batch", type=int, default=Pace().batch, help="states of a step (%(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps (default: what served each type best)")
+    parser.add_argument("--batch", type=int, help="states of a step (the same)")
     parser.add_argument("--clips", type=int, default=96, help="clips of the teacher to learn from (%(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="prompts to measure with (%(default)s)")
     parser.add_argument("--scenes", type=int, default=50, help="scenes to restore (%(default)s)")
@@ -90,7 +90,8 @@ def main() -> None:
         solved = quality(studio, student, requests, texts, references)
         print(f"{weights}: {before:.2f} dB rounded, {solved:.2f} dB solved in {seconds:.0f} s", flush=True)
         began = time.perf_counter()
-        pace = replace(PACES[weights], steps=arguments.steps, batch=arguments.batch)
+        own = PACES[weights]
+        pace = replace(own, steps=arguments.steps or own.steps, batch=arguments.batch or own.batch)
         losses = distill(student, teacher, states, pace, _say)
         seconds += time.perf_counter() - began
         freeze(student)
@@ -101,6 +102,7 @@ def main() -> None:
         results.append(
             {
                 "weights": weights,
+                "steps": pace.steps,
                 "before": before,
                 "solved": solved,
                 "after": after,
@@ -118,7 +120,7 @@ def main() -> None:
         if arguments.save is not None:
             arguments.save.mkdir(parents=True, exist_ok=True)
             torch.save(student.state_dict(), arguments.save / f"{weights}.pt")
-    known = {"int8": ceiling, "scenes": whole, "prompts": arguments.prompts, "steps": arguments.steps}
+    known = {"int8": ceiling, "scenes": whole, "prompts": arguments.prompts}
     print(json.dumps({**known, "results": results}))
 
 
