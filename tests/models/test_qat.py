@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightx2v.integrations.quanto import QuantizedLinear, freeze, learn_ranges, 
 from lightx2v.models.base import Conditions
 from lightx2v.models.wan.arch import WanArch
 from lightx2v.models.wan.dit import WanDiT
-from tools.qat.distill import LATE, LATE_WEIGHT, Pace, batches, distill, loss_of, rated
+from tools.qat.distill import LATE, LATE_WEIGHT, SETTLING, Pace, batches, distill, loss_of, rated
 from tools.qat.start import solve_blocks
 from tools.qat.states import Made, States, make
 
@@ -76,6 +77,22 @@ def test_solving_and_a_few_steps_bring_quality_back(weights: str, solved: float,
         assert isinstance(each.blocks[0].ffn[0], QuantizedLinear)  # type: ignore[index]
     assert sum(losses[-10:]) < sum(losses[:10])
     assert psnr(student, model, held_out) > better + trained
+
+
+def test_settling_moves_no_code_and_brings_quality_back() -> None:
+    model = teacher()
+    student = quantized(model, "qint4")
+    held_out, states = states_of(64, seed=2), states_of(256, seed=1)
+    solve_blocks(student, model, states.at(torch.arange(128)))
+    settled = copy.deepcopy(student)
+    distill(settled, model, states, replace(SETTLING, steps=60, others=1e-4))
+    assert psnr(settled, model, held_out) > psnr(student, model, held_out) + 0.2
+    for each in (student, settled):
+        freeze(each)
+    before, after = student.state_dict(), settled.state_dict()
+    coded = [name for name in before if name.endswith(("._data", "._scale", "._shift"))]
+    assert coded and all(torch.equal(before[name], after[name]) for name in coded)
+    assert not torch.equal(before["blocks.0.ffn.0.bias"], after["blocks.0.ffn.0.bias"])
 
 
 @torch.no_grad()

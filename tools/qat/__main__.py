@@ -15,7 +15,6 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,8 +53,6 @@ def quantized(studio: Studio, weights: str) -> WanDiT:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", nargs="+", choices=tuple(PACES), default=list(PACES), help="types of quanto")
-    parser.add_argument("--steps", type=int, help="training steps (default: what served each type best)")
-    parser.add_argument("--batch", type=int, help="states of a step (the same)")
     parser.add_argument("--clips", type=int, default=96, help="clips of the teacher to learn from (%(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="prompts to measure with (%(default)s)")
     parser.add_argument("--scenes", type=int, default=50, help="scenes to restore (%(default)s)")
@@ -90,9 +87,7 @@ def main() -> None:
         solved = quality(studio, student, requests, texts, references)
         print(f"{weights}: {before:.2f} dB rounded, {solved:.2f} dB solved in {seconds:.0f} s", flush=True)
         began = time.perf_counter()
-        own = PACES[weights]
-        pace = replace(own, steps=arguments.steps or own.steps, batch=arguments.batch or own.batch)
-        losses = distill(student, teacher, states, pace, _say)
+        losses = [loss for pace in PACES[weights] for loss in distill(student, teacher, states, pace, _say)]
         seconds += time.perf_counter() - began
         freeze(student)
         after = quality(studio, student, requests, texts, references)
@@ -102,7 +97,7 @@ def main() -> None:
         results.append(
             {
                 "weights": weights,
-                "steps": pace.steps,
+                "steps": len(losses),
                 "before": before,
                 "solved": solved,
                 "after": after,
